@@ -1,0 +1,321 @@
+#include "store.h"
+
+#include <stdlib.h>
+#include <string.h>
+#include <sys/mman.h>
+
+#include <algorithm>
+#include <thread>
+
+#include "heap.h"
+#include "process.h"
+
+#ifndef MADV_POPULATE_WRITE
+#define MADV_POPULATE_WRITE 23
+#endif
+
+namespace hpc {
+
+namespace {
+
+std::string full_text(u64 asked, u64 largest, u64 free, u64 capacity) {
+    return "the node's object arena is full: " + std::to_string(asked) + " bytes asked, " + std::to_string(largest) +
+           " bytes in the largest free block, " + std::to_string(free) + " of " + std::to_string(capacity) +
+           " bytes free; drop references, spill, or start with a larger object_store_memory";
+}
+
+void set_id(Slot& slot, const char* id) {
+    u64 words[4] = {};
+    memcpy(words, id, kObjectIdBytes);
+    for (int i = 0; i < 4; i++) slot.id[i].store(words[i], std::memory_order_relaxed);
+}
+
+ObjectRecord record_of(const Slot& slot, u32 index, u64 word) {
+    ObjectRecord r;
+    r.handle = make_handle(index, slot_generation(word));
+    r.size = slot.size.load(std::memory_order_relaxed);
+    r.owner = slot.owner.load(std::memory_order_relaxed);
+    r.creator = slot.creator.load(std::memory_order_relaxed);
+    r.sealed = slot_state(word) == kSlotSealed;
+    r.claimed = slot.claimed.load(std::memory_order_relaxed) != 0;
+    u64 words[4];
+    for (int i = 0; i < 4; i++) words[i] = slot.id[i].load(std::memory_order_relaxed);
+    memcpy(r.id, words, kObjectIdBytes);
+    return r;
+}
+
+}  // namespace
+
+ArenaFull::ArenaFull(u64 asked, u64 largest_free, u64 free, u64 capacity)
+    : std::runtime_error(full_text(asked, largest_free, free, capacity)),
+      asked_bytes(asked),
+      largest_free_bytes(largest_free),
+      free_bytes(free),
+      capacity_bytes(capacity) {}
+
+bool slot_pinned(const Slot& slot) {
+    for (const atomic<u64>& word : slot.pins)
+        if (word.load() != 0) return true;
+    return false;
+}
+
+bool store_free_locked(Segment& segment, u32 index, bool creating_too) {
+    Slot& slot = segment.slot(index);
+    u64 word = slot.word.load();
+    bool ends = slot_state(word) == kSlotDoomed ? !slot_pinned(slot) : creating_too && slot_state(word) == kSlotCreating;
+    if (!ends) return false;
+    u64 position = heap_position(segment, slot.offset.load());
+    slot.word.store(slot_word(kSlotFree, slot_generation(word)));  // LAYOUT-1; killed here: HEAP-2 finds the block
+    heap_free(segment, position);
+    Header& h = segment.header();
+    slot.next_free = h.free_slot;
+    h.free_slot = index + 1;
+    h.slots_used.fetch_sub(1, std::memory_order_relaxed);
+    return true;
+}
+
+bool store_delete_locked(Segment& segment, u64 handle) {
+    if (handle_slot(handle) >= segment.slots_high()) return false;
+    u64 expected = slot_word(kSlotSealed, handle_generation(handle));
+    bool deleted = segment.slot(handle_slot(handle))
+                       .word.compare_exchange_strong(expected, slot_word(kSlotDoomed, handle_generation(handle)));
+    if (deleted || slot_state(expected) == kSlotDoomed) store_free_locked(segment, handle_slot(handle), false);
+    return deleted;
+}
+
+Store::Store(std::shared_ptr<Segment> segment, u64 address)
+    : segment_(std::move(segment)),
+      address_(address),
+      lane_(address_index(address)),
+      pins_(static_cast<u32*>(calloc(segment_->header().max_slots, sizeof(u32))), free) {
+    if (!pins_) throw std::bad_alloc();
+}
+
+Slot* Store::find(u64 handle) {
+    u32 index = handle_slot(handle);
+    return index < segment_->slots_high() ? &segment_->slot(index) : nullptr;
+}
+
+u64 Store::create(const char* id, u64 size, u64 owner, u32 kind) {
+    Segment& s = *segment_;
+    Header& h = s.header();
+    u64 asked = size, largest, free, capacity = h.heap_bytes;
+    {
+        Segment::Lock lock(s);
+        u32 index = h.free_slot ? h.free_slot - 1 : s.slots_high();
+        if (index < h.max_slots) {
+            Slot& slot = s.slot(index);
+            u32 generation = slot_generation(slot.word.load()) + 1;
+            if (generation == 0) generation = 1;
+            u64 handle = make_handle(index, generation);
+            u64 position = heap_allocate(s, size, handle);
+            if (position != kNoBlock) {
+                if (h.free_slot)
+                    h.free_slot = slot.next_free;
+                else
+                    h.slots_high.store(index + 1);
+                slot.offset.store(heap_data(s, position), std::memory_order_relaxed);
+                slot.size.store(size, std::memory_order_relaxed);
+                slot.owner.store(owner, std::memory_order_relaxed);
+                slot.creator.store(address_, std::memory_order_relaxed);
+                slot.claimed.store(0, std::memory_order_relaxed);
+                slot.kind.store(kind, std::memory_order_relaxed);
+                set_id(slot, id);
+                slot.word.store(slot_word(kSlotCreating, generation));  // LAYOUT-1
+                h.slots_used.fetch_add(1, std::memory_order_relaxed);
+                return handle;
+            }
+        }
+        largest = index < h.max_slots ? heap_largest_free(s) : 0;  // no slot left counts as full as well
+        free = capacity - h.heap_used.load();
+    }
+    throw ArenaFull(asked, largest, free, capacity);
+}
+
+char* Store::write_address(u64 handle, u64& size) {
+    Slot* slot = find(handle);
+    const bool may_write = slot && (slot->creator.load() == address_ || address_index(address_) == kLinkLane);
+    if (!may_write || slot->word.load() != slot_word(kSlotCreating, handle_generation(handle)))
+        throw std::invalid_argument("only the creator may write, and only before seal: no object being created has "
+                                    "this handle");
+    size = slot->size.load();
+    return segment_->base() + slot->offset.load();
+}
+
+void Store::write(u64 handle, u64 offset, const void* source, u64 bytes) {
+    u64 size;
+    char* target = write_address(handle, size);
+    if (offset > size || bytes > size - offset)
+        throw std::invalid_argument("write past the object's end: offset " + std::to_string(offset) + " and " +
+                                    std::to_string(bytes) + " bytes, but the object has " + std::to_string(size));
+    target += offset;
+    const char* from = static_cast<const char*>(source);
+    // Populating in steps keeps the freshly zeroed pages in the cache for the copy that follows.
+    auto copy = [](char* to, const char* what, u64 length) {
+        constexpr u64 step = 2u << 20;
+        while (length != 0) {
+            u64 part = std::min(length, step);
+            if (part >= 65536) {
+                u64 first = reinterpret_cast<u64>(to) & ~u64(4095);
+                u64 last = (reinterpret_cast<u64>(to) + part + 4095) & ~u64(4095);
+                madvise(reinterpret_cast<void*>(first), last - first, MADV_POPULATE_WRITE);
+            }
+            memcpy(to, what, part);
+            to += part, what += part, length -= part;
+        }
+    };
+    u64 workers = bytes > (8u << 20) ? u64(std::clamp(affinity_count(), 1, 4)) : 1;
+    u64 share = (bytes / workers + 4095) & ~u64(4095);
+    std::vector<std::thread> threads;
+    u64 done = 0;
+    for (u64 i = 1; i < workers && done + share < bytes; i++, done += share) {
+        try {
+            threads.emplace_back(copy, target + done, from + done, share);
+        } catch (const std::system_error&) {
+            break;  // no more threads allowed: do the rest here
+        }
+    }
+    copy(target + done, from + done, bytes - done);
+    for (std::thread& thread : threads) thread.join();
+}
+
+void Store::seal(u64 handle) {
+    Slot* slot = find(handle);
+    u64 expected = slot_word(kSlotCreating, handle_generation(handle));
+    u64 owner = slot ? slot->owner.load() : 0;
+    if (!slot || !slot->word.compare_exchange_strong(expected, slot_word(kSlotSealed, handle_generation(handle))))
+        throw std::invalid_argument("seal: no object being created has this handle");
+    if (address_incarnation(owner) != 0 && address_node(owner) == segment_->node() && !segment_->alive(owner))
+        remove(handle);  // STORE-4
+}
+
+void Store::abort(u64 handle) {
+    Slot* slot = find(handle);
+    Segment::Lock lock(*segment_);
+    if (!slot || slot->word.load() != slot_word(kSlotCreating, handle_generation(handle)))
+        throw std::invalid_argument("abort: no object being created has this handle");
+    store_free_locked(*segment_, handle_slot(handle), true);
+}
+
+const char* Store::pin(u64 handle, u64& size) {
+    Slot* slot = find(handle);
+    if (!slot) return nullptr;
+    u32 index = handle_slot(handle);
+    const u64 sealed = slot_word(kSlotSealed, handle_generation(handle));
+    const u64 bit = u64(1) << (lane_ % 64);
+    atomic<u64>& pins = slot->pins[lane_ / 64];
+    std::lock_guard<std::mutex> guard(pins_mutex_);
+    u32& count = pins_.get()[index];
+    if (detached_ || slot->word.load() != sealed) return nullptr;
+    if (count == 0) {
+        pins.fetch_or(bit);                 // STORE-1: bit first,
+        if (slot->word.load() != sealed) {  // then the state again
+            pins.fetch_and(~bit);
+            free_if_doomed(index);
+            return nullptr;
+        }
+    }
+    count++;
+    size = slot->size.load(std::memory_order_relaxed);
+    return segment_->base() + slot->offset.load(std::memory_order_relaxed);
+}
+
+void Store::unpin(u64 handle) {
+    u32 index = handle_slot(handle);
+    Slot& slot = segment_->slot(index);
+    std::lock_guard<std::mutex> guard(pins_mutex_);
+    if (detached_ || --pins_.get()[index] != 0) return;
+    slot.pins[lane_ / 64].fetch_and(~(u64(1) << (lane_ % 64)));
+    free_if_doomed(index);
+}
+
+void Store::detach() {
+    std::lock_guard<std::mutex> guard(pins_mutex_);
+    detached_ = true;
+}
+
+void Store::free_if_doomed(u32 index) {  // STORE-2
+    Slot& slot = segment_->slot(index);
+    if (slot_state(slot.word.load()) != kSlotDoomed || slot_pinned(slot)) return;
+    Segment::Lock lock(*segment_);
+    store_free_locked(*segment_, index, false);
+}
+
+bool Store::remove(u64 handle) {
+    Slot* slot = find(handle);
+    if (!slot) return false;
+    u64 expected = slot_word(kSlotSealed, handle_generation(handle));
+    if (!slot->word.compare_exchange_strong(expected, slot_word(kSlotDoomed, handle_generation(handle)))) return false;
+    free_if_doomed(handle_slot(handle));
+    return true;
+}
+
+bool Store::claim(u64 handle) {
+    Slot* slot = find(handle);
+    if (!slot || slot_generation(slot->word.load()) != handle_generation(handle)) return false;
+    // Under the mutex the slot cannot be freed and reused between the look and the store.
+    Segment::Lock lock(*segment_);
+    u64 word = slot->word.load();
+    if (slot_generation(word) != handle_generation(handle) ||
+        (slot_state(word) != kSlotCreating && slot_state(word) != kSlotSealed))
+        return false;
+    slot->claimed.store(1);
+    return true;
+}
+
+std::optional<ObjectRecord> Store::info(u64 handle) {
+    Slot* slot = find(handle);
+    if (!slot) return std::nullopt;
+    u64 word = slot->word.load();
+    u32 state = slot_state(word);
+    if (slot_generation(word) != handle_generation(handle) || (state != kSlotCreating && state != kSlotSealed))
+        return std::nullopt;
+    ObjectRecord record = record_of(*slot, handle_slot(handle), word);
+    u64 again = slot->word.load();
+    if (slot_generation(again) != handle_generation(handle) || slot_state(again) == kSlotFree) return std::nullopt;
+    return record;
+}
+
+std::vector<ObjectRecord> Store::list() {
+    std::vector<ObjectRecord> records;
+    for (u32 i = 0, high = segment_->slots_high(); i < high; i++) {
+        Slot& slot = segment_->slot(i);
+        u64 word = slot.word.load();
+        if (slot_state(word) != kSlotCreating && slot_state(word) != kSlotSealed) continue;
+        if (slot.kind.load() != kKindObject) continue;
+        ObjectRecord record = record_of(slot, i, word);
+        u64 again = slot.word.load();
+        if (slot_generation(again) == slot_generation(word) && slot_state(again) != kSlotFree)
+            records.push_back(record);
+    }
+    return records;
+}
+
+StoreStatistics Store::statistics() {
+    StoreStatistics s{};
+    for (u32 i = 0, high = segment_->slots_high(); i < high; i++) {
+        Slot& slot = segment_->slot(i);
+        u32 state = slot_state(slot.word.load());
+        if (state == kSlotFree) continue;
+        if (slot.kind.load() == kKindFrame) {
+            s.frames++;
+            continue;
+        }
+        s.objects += state == kSlotSealed;
+        s.creating += state == kSlotCreating;
+        s.doomed += state == kSlotDoomed;
+        s.pinned += slot_pinned(slot);
+    }
+    Segment::Lock lock(*segment_);
+    s.capacity_bytes = segment_->header().heap_bytes;
+    s.used_bytes = segment_->header().heap_used.load();
+    s.largest_free_bytes = heap_largest_free(*segment_);
+    return s;
+}
+
+u64 Store::trim() {
+    Segment::Lock lock(*segment_);
+    return heap_trim(*segment_);
+}
+
+}  // namespace hpc

@@ -1,0 +1,94 @@
+// store: the node's objects, as one process sees them.
+//
+// An object is a slot (its life) and a heap block (its bytes). Its handle is slot | generation << 32; a handle never
+// means another object later. Life: FREE -> CREATING -> SEALED -> DOOMED -> FREE, each step one store of the slot's
+// word (LAYOUT-1).
+//
+// STORE-1 (pins): a pin is one bit for each process, set before the state is looked at again; delete sets DOOMED
+//   before it looks at the bits. Both are seq_cst, so the pinner sees DOOMED or the deleter sees the bit (Dekker).
+//   Counts of pins within a process are private; a killed process leaves one bit, which reclaim clears.
+// STORE-2 (who frees): whoever finds a DOOMED object without pins frees it, under the mutex, after looking again.
+// STORE-3 (readers): bytes are written while CREATING, by the creator or by the link that fetches them for it, and are
+//   constant from SEALED on. Who asked the link to write does not abort before the link has answered or is dead.
+// STORE-4 (dead owners): an object whose owner on this node is dead is doomed: by reclaim of the owner, or by seal,
+//   which looks at the owner after it stored SEALED (reclaim looks at the objects after the lane is DEAD).
+#pragma once
+
+#include <memory>
+#include <mutex>
+#include <optional>
+#include <stdexcept>
+#include <string>
+#include <vector>
+
+#include "segment.h"
+
+namespace hpc {
+
+struct ArenaFull : std::runtime_error {
+    ArenaFull(u64 asked, u64 largest_free, u64 free, u64 capacity);
+    u64 asked_bytes, largest_free_bytes, free_bytes, capacity_bytes;
+};
+
+struct ObjectRecord {
+    u64 handle = 0, size = 0, owner = 0, creator = 0;
+    bool sealed = false, claimed = false;
+    char id[kObjectIdBytes] = {};
+};
+
+struct StoreStatistics {
+    u64 capacity_bytes, used_bytes, largest_free_bytes;
+    u32 objects, creating, doomed, pinned, frames;
+};
+
+bool slot_pinned(const Slot& slot);
+// SEALED -> DOOMED and, without pins, freed. The caller holds Segment::Lock. Wrong or old handles: nothing.
+bool store_delete_locked(Segment& segment, u64 handle);
+// Frees the slot if it is DOOMED and unpinned (or CREATING with force). The caller holds Segment::Lock.
+bool store_free_locked(Segment& segment, u32 slot, bool creating_too);
+
+class Store {
+  public:
+    Store(std::shared_ptr<Segment> segment, u64 address);
+
+    // All of these: any thread of the process that opened the lane, with or without the GIL; none blocks but for the
+    // segment's mutex (well below a microsecond, unless it must repair). Memory stays the segment's.
+
+    // A new object of `size` bytes in state CREATING. Throws ArenaFull. `id` is 28 bytes.
+    u64 create(const char* id, u64 size, u64 owner, u32 kind = kKindObject);
+    // Where to write; only the creator and the link, only while CREATING (throws invalid_argument otherwise).
+    char* write_address(u64 handle, u64& size);
+    // Copies into an object that is being created, with up to four threads for large copies; populates pages first.
+    void write(u64 handle, u64 offset, const void* source, u64 bytes);
+    void seal(u64 handle);
+    void abort(u64 handle);
+    // Pins and gives the data's address; nullptr when the object is gone or not sealed. Each pin needs one unpin.
+    const char* pin(u64 handle, u64& size);
+    void unpin(u64 handle);
+    // SEALED -> DOOMED; false when it was gone already. Readers keep their pins.
+    bool remove(u64 handle);
+    bool claim(u64 handle);
+    // The lane is about to go: from now on pin gives nullptr and unpin does nothing.
+    void detach();
+    std::optional<ObjectRecord> info(u64 handle);
+    std::vector<ObjectRecord> list();
+    StoreStatistics statistics();
+    u64 trim();
+
+    Segment& segment() const { return *segment_; }
+    u64 address() const { return address_; }
+
+  private:
+    Slot* find(u64 handle);
+    void free_if_doomed(u32 slot);
+
+    std::shared_ptr<Segment> segment_;
+    u64 address_;
+    u32 lane_;
+    std::mutex pins_mutex_;
+    bool detached_ = false;  // guarded by pins_mutex_
+    // Pins of this process, by slot; calloc'd, so untouched pages cost nothing.
+    std::unique_ptr<u32, void (*)(void*)> pins_;
+};
+
+}  // namespace hpc
