@@ -1,0 +1,1 @@
+"""Collective operations among groups of actors and tasks: MPI, shared memory and NCCL."""

@@ -1,0 +1,779 @@
+"""The client: one per process, the meeting point of its threads, its lane and its bookkeeping.
+
+Relied on by the public API (drivers and workers alike) and by the worker's executor. It owns the lane and the store, receives
+and dispatches messages, and makes threads wait.
+
+CLIENT-1 (one drainer): messages are received and dispatched under ``drain``, so those of one sender are handled in order.
+Whoever waits drains; the background thread drains what arrives while nobody waits.
+CLIENT-2 (one lock): bookkeeping changes under ``lock`` only. User code never runs under it.
+CLIENT-3 (no wait without an end): a waiting thread is answered, times out, or gets ``broken`` when the node is gone.
+"""
+
+from __future__ import annotations
+
+import itertools
+import sys
+import threading
+import time
+import traceback
+from collections import deque
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from hpc_ray import exceptions, serialize
+from hpc_ray._core import ArenaFull, Lane, Segment, Store
+from hpc_ray.client import refs
+from hpc_ray.client.actors import ActorSubmitter
+from hpc_ray.client.interrupts import AGAIN_S, Interrupts
+from hpc_ray.client.objects import ARENA, ERROR, FREED, INLINE, READY, Entry, ObjectTable
+from hpc_ray.client.refs import ObjectRef
+from hpc_ray.client.tasks import CallPacker, Function, TaskSubmitter
+from hpc_ray.config import NodeConfig
+from hpc_ray.exceptions import GetTimeoutError, LocalRayletDiedError, ObjectStoreFullError, RayError, RayTaskError
+from hpc_ray.ids import RAYLET_LANE, IdMinter, lane_of, node_of, raylet_address
+from hpc_ray.protocol import (
+    ActorCreated,
+    Answer,
+    ArenaFullNotice,
+    ArenaRoom,
+    ExportFunction,
+    JobRegistered,
+    LogLines,
+    Message,
+    NamedActor,
+    NodeDied,
+    ProcessDied,
+    ProcessStarted,
+    Query,
+    Result,
+    Shutdown,
+    TaskItem,
+    TaskReply,
+    Welcome,
+    decode,
+    encode,
+)
+
+TICK_S = 0.02
+
+
+class Waiter:
+    """What a thread waits for: done after ``left`` calls of ``one``."""
+
+    __slots__ = ("done", "left", "sleeper", "wakes")
+
+    def __init__(self, left: int = 1):
+        self.left = left
+        self.done = left <= 0
+        self.wakes: list[tuple[Entry, Callable[[], None]]] = []  # left with entries; see ``Client.withdraw``
+        self.sleeper: threading.Event | None = None  # set while the owner sleeps instead of draining
+
+    def one(self) -> None:
+        self.left -= 1
+        if self.left <= 0:
+            self.finish()
+
+    def finish(self) -> None:
+        self.done = True
+        if self.sleeper is not None:
+            self.sleeper.set()
+
+
+class _Then(Waiter):
+    """A waiter that nobody waits for; it calls ``then`` instead."""
+
+    __slots__ = ("then",)
+
+    then: Callable[[], None]
+
+    def finish(self) -> None:
+        if not self.done:
+            self.done = True
+            self.then()
+
+
+class _Request(Waiter):
+    __slots__ = ("answer", "destination")
+
+    def __init__(self, destination: int):
+        super().__init__()
+        self.destination = destination
+        self.answer: Any = None
+
+
+class _Loading(threading.local):
+    loans: list[Entry] | None = None  # references met by the deserialisation under way
+
+
+class Client:
+    """See the module's text. Methods may be called from any thread unless they say otherwise."""
+
+    def __init__(self, segment: Segment, lane: Lane, config: NodeConfig, kind: int, worker_id: bytes, pid: int, token: int = 0):
+        self.segment = segment
+        self.lane = lane
+        self.store = Store(segment, lane)
+        self.config = config
+        self.settings = config.settings
+        self.kind = kind
+        self.worker_id = worker_id
+        self.pid = pid
+        self.token = token
+        self.address = lane.address
+        self.node = node_of(lane.address)
+        self.raylet = raylet_address(self.node)
+        self.now = time.monotonic
+        self.lock = threading.RLock()
+        self.drain = threading.Lock()
+        self.broken: BaseException | None = None
+        self.closed = False
+        self.welcome: Welcome | None = None
+        self.job_id = b"\0\0\0\0"
+        self.minter = IdMinter(self.address, self.job_id)
+        self.handlers: dict[type, Callable[[int, Any], None]] = {}
+        self.callbacks: deque[Callable[[], None]] = deque()  # user's; run outside the lock
+        self.on_blocked: Callable[[], None] | None = None  # set by workers
+        self.on_unblocked: Callable[[], None] | None = None
+        self.on_shutdown: Callable[[str], None] | None = None
+        self.on_log: Callable[[LogLines], None] | None = None
+        self._log_lines: deque[LogLines] = deque()
+        self._showing = threading.Lock()
+        self.log_ended = Waiter()
+        self.sleepers: deque[Waiter] = deque()
+        self.interrupts = Interrupts(self)
+        self.dead: set[int] = set()  # processes that are known to be gone
+        self.dead_nodes: set[int] = set()
+        self.pull_waiters: dict[bytes, list[Callable[[], None]]] = {}
+        self.objects = ObjectTable(self)
+        self.packer = CallPacker(self)
+        self.tasks = TaskSubmitter(self, self.packer)
+        self.actors = ActorSubmitter(self, self.packer)
+        self._exported: dict[int, set[bytes]] = {}
+        self._requests: dict[int, _Request] = {}
+        self._request_ids = itertools.count(1)
+        self._loading = _Loading()
+        self._ticking = False
+        self._thread: threading.Thread | None = None
+        for answer in (Answer, ActorCreated, NamedActor, JobRegistered, ArenaRoom):
+            self.handlers[answer] = self._on_answer
+        self.handlers.update(
+            {
+                TaskReply: self._on_task_reply,
+                TaskItem: self._on_task_item,
+                ProcessDied: self._on_process_died,
+                NodeDied: self._on_node_died,
+                Shutdown: self._on_shutdown,
+                LogLines: self._on_log_lines,
+                Welcome: self._on_welcome,
+            }
+        )
+
+    # -------------------------------------------------------------- life
+
+    def connect(self, timeout_s: float) -> None:
+        """Register with the raylet and start the background thread. Blocks until the raylet answers.
+
+        Raises:
+            LaunchError: it does not answer in time, or refuses.
+        """
+        waiter = Waiter()
+        self._welcomed = waiter
+        self.send(self.raylet, ProcessStarted(self.kind, self.worker_id, self.pid, self.token))
+        if not self.block(waiter, timeout_s):
+            raise exceptions.LaunchError(f"the raylet of node {self.node} did not answer within {timeout_s:g} s")
+        assert self.welcome is not None
+        if self.welcome.refusal:
+            raise exceptions.LaunchError(self.welcome.refusal)
+        self._start()
+
+    def adopt(self, welcome: Welcome, early: list[tuple[int, bytes]]) -> None:
+        """Instead of ``connect`` where somebody else has registered this process: his Welcome, and what came before it."""
+        self.welcome = welcome
+        with self.drain:
+            self.dispatch(early)
+        self.run_callbacks()
+        self._start()
+
+    def _start(self) -> None:
+        refs.install(self._rebuild, self.add_done_callback, self.get_one, self._leak, self.lane.wake_background)
+        self._thread = threading.Thread(target=self._background, name="hpc_ray-io", daemon=True)
+        self._thread.start()
+
+    def use_job(self, job_id: bytes) -> None:
+        """From now on ids carry this job."""
+        self.job_id = job_id
+        self.minter.set_job(job_id)
+
+    def close(self) -> None:
+        """Leave: no message is handled after this; threads that wait get an error."""
+        if self.closed:
+            return
+        self.closed = True
+        refs.install()
+        self.fail(LocalRayletDiedError("the session was shut down while this call waited"))
+        self.lane.wake()
+        self.lane.wake_background()
+        if self._thread is not None and self._thread is not threading.current_thread():
+            self._thread.join(timeout=5.0)
+
+    def fail(self, error: BaseException) -> None:
+        """The node is gone: every wait, now and later, raises this (CLIENT-3)."""
+        with self.lock:
+            if self.broken is None:
+                self.broken = error
+            for waiter in [*self.sleepers, *self._requests.values()]:
+                waiter.finish()
+        self.lane.wake()
+
+    # -------------------------------------------------------------- messages out
+
+    def send(self, destination: int, message: Message) -> bool:
+        """False if the destination is known to be dead. Never blocks."""
+        if self.lane.send(destination, encode(message)) < 0:
+            return False
+        return destination not in self.dead and not (self.dead_nodes and node_of(destination) in self.dead_nodes)
+
+    def export(self, worker: int, function: Function) -> None:
+        """Send a function to a worker ahead of its first use."""
+        known = self._exported.get(worker)
+        if known is None:
+            known = self._exported[worker] = set()
+        if function.id not in known:
+            known.add(function.id)
+            self.send(worker, ExportFunction(function.id, function.blob))
+
+    def next_request(self) -> int:
+        return next(self._request_ids)
+
+    def request(self, destination: int, make: Callable[[int], Message], timeout_s: float | None = None) -> Any:
+        """Send ``make(request_id)`` and wait for the message that answers it.
+
+        Raises:
+            GetTimeoutError: no answer in time.
+            RayError: the destination died.
+        """
+        request_id = next(self._request_ids)
+        request = _Request(destination)
+        with self.lock:
+            self._requests[request_id] = request
+        try:
+            if not self.send(destination, make(request_id)):
+                raise exceptions.RpcError(f"process {destination:#x} is dead")
+            if not self.block(request, timeout_s):
+                raise GetTimeoutError(f"no answer from process {destination:#x} within {timeout_s:g} s")
+        finally:
+            with self.lock:
+                self._requests.pop(request_id, None)
+        if request.answer is None:
+            raise exceptions.RpcError(f"process {destination:#x} died before it answered")
+        return request.answer
+
+    def query(self, destination: int, name: str, timeout_s: float | None = None, /, **arguments: Any) -> Any:
+        """Ask a question of the control plane (see protocol.Query); the value.
+
+        Raises: whatever class the answer names.
+        """
+        answer = self.request(destination, lambda request_id: Query(request_id, name, arguments), timeout_s)
+        if answer.error:
+            raise _error_class(answer.error_kind)(answer.error)
+        return answer.value
+
+    # -------------------------------------------------------------- messages in
+
+    def dispatch(self, batch: list[tuple[int, bytes]]) -> None:
+        """Handle messages. Under ``drain``."""
+        handlers = self.handlers
+        with self.lock:
+            for source, data in batch:
+                try:
+                    message = decode(data)
+                    handlers[type(message)](source, message)
+                except Exception:
+                    print(f"hpc_ray: a message from process {source:#x} could not be handled:", file=sys.stderr)
+                    traceback.print_exc()
+
+    def run_callbacks(self) -> None:
+        """What the messages want called. Under no lock and not under ``drain``: a callback may itself wait."""
+        while self.callbacks:
+            try:
+                callback = self.callbacks.popleft()
+            except IndexError:  # another thread was faster
+                return
+            callback()
+
+    def block(self, waiter: Waiter, timeout_s: float | None = None) -> bool:
+        """Wait, draining meanwhile; False if the time is over. Blocks.
+
+        Raises:
+            LocalRayletDiedError: the node is gone.
+            KeyboardInterrupt and whatever other signal handlers raise.
+        """
+        if waiter.done:
+            return True
+        deadline = None if timeout_s is None else self.now() + timeout_s
+        blocked = False
+        interrupts = self.interrupts
+        main = threading.get_ident() == interrupts.main
+        outer = interrupts.waiting
+        try:
+            if main:
+                interrupts.waiting = waiter
+            while not waiter.done:
+                if main and interrupts.pending:
+                    interrupts.strike()
+                if self.broken is not None:
+                    raise self.broken
+                left = None if deadline is None else deadline - self.now()
+                if left is not None and left <= 0:
+                    left = 0.0
+                if main and self.on_blocked is not None and not blocked:
+                    if self.tasks.starved():
+                        blocked = True
+                        self.on_blocked()
+                    else:
+                        left = 0.0005 if left is None else min(left, 0.0005)
+                got = self._drain(waiter, left)
+                if waiter.done:
+                    break
+                if main and not got and not blocked and self.on_blocked is not None:
+                    blocked = True
+                    self.on_blocked()
+                if deadline is not None and self.now() >= deadline:
+                    return False
+        finally:
+            if blocked and self.on_unblocked is not None:
+                self.on_unblocked()
+            if main:
+                interrupts.waiting = outer
+        if self.broken is not None and not isinstance(waiter, _Request):
+            raise self.broken
+        return True
+
+    def _drain(self, waiter: Waiter, left: float | None) -> bool:
+        """One round of waiting: drain if nobody else does, else sleep; whether something came."""
+        if self.drain.acquire(False):
+            try:
+                if waiter.done:  # by whoever drained until now; nothing else need ever come
+                    return True
+                batch = self.lane.receive(left)
+                if batch:
+                    self.dispatch(batch)
+                return bool(batch)
+            finally:
+                self.drain.release()
+                if self.sleepers:
+                    self._pass_on()
+                if self.callbacks:
+                    self.run_callbacks()
+        waiter.sleeper = threading.Event()
+        self.sleepers.append(waiter)
+        try:
+            if waiter.done or not self.drain.locked():
+                return True
+            return waiter.sleeper.wait(left)
+        finally:
+            self.sleepers.remove(waiter)
+            waiter.sleeper = None
+
+    def _pass_on(self) -> None:
+        """Another waiting thread drains from here on."""
+        try:
+            event = self.sleepers[0].sleeper
+        except IndexError:
+            return
+        if event is not None:
+            event.set()
+
+    def _background(self) -> None:
+        lane = self.lane
+        try:
+            while not self.closed:
+                if self.interrupts.pending:
+                    timeout: float | None = AGAIN_S
+                elif self._ticking:
+                    timeout = TICK_S
+                else:
+                    refs.set_parked(True)
+                    timeout = None if not refs.released else 0.0
+                pending = lane.wait_background(timeout)
+                refs.set_parked(False)
+                if self.closed:
+                    return
+                if pending and self.drain.acquire(False):
+                    try:
+                        batch = lane.receive(0.0)
+                        if batch:
+                            self.dispatch(batch)
+                    finally:
+                        self.drain.release()
+                        if self.sleepers:
+                            self._pass_on()
+                if self.callbacks:
+                    self.run_callbacks()
+                if self.interrupts.pending:
+                    self.interrupts.deliver()
+                self.work_off_released()
+                if self._ticking:
+                    with self.lock:
+                        self._ticking = self.tasks.tick(self.now())
+        except Exception:
+            traceback.print_exc()
+            self.fail(exceptions.RaySystemError("the background thread of this process failed", traceback.format_exc()))
+
+    def keep_ticking(self) -> None:
+        """Timers are wanted from now on."""
+        if not self._ticking:
+            self._ticking = True
+            self.lane.wake_background()
+
+    def work_off_released(self) -> None:
+        """Let go of what references that were collected had held."""
+        released = refs.released
+        if released:
+            entries = self.objects.entries
+            with self.lock:
+                while released:
+                    entry: Entry = released.popleft()
+                    if entries.get(entry.id) is entry:
+                        self.objects.release(entry)
+
+    def _on_welcome(self, source: int, message: Welcome) -> None:
+        self.welcome = message
+        self._welcomed.one()
+
+    def _on_answer(self, source: int, message: Any) -> None:
+        request = self._requests.get(message.request_id)
+        if request is not None:
+            request.answer = message
+            request.finish()
+
+    def _on_task_reply(self, source: int, message: TaskReply) -> None:
+        task = self.tasks.tasks.get(message.task_id) or self.actors.calls.get(message.task_id)
+        if task is not None and task.attempt == message.attempt:
+            task.submitter.on_reply(task, message)
+
+    def _on_task_item(self, source: int, message: TaskItem) -> None:
+        task = self.tasks.tasks.get(message.task_id) or self.actors.calls.get(message.task_id)
+        if task is not None and task.attempt == message.attempt and task.stream is not None:
+            task.stream.add(message.index, message.result)
+        else:
+            self.objects.discard(message.result)
+
+    def _on_process_died(self, source: int, message: ProcessDied) -> None:
+        address = message.address
+        self.hear_last_words(address)
+        self.dead.add(address)
+        self._exported.pop(address, None)
+        self.objects.on_process_died(address)
+        self.actors.on_process_died(address)
+        if address == self.raylet or (lane_of(address) == RAYLET_LANE and node_of(address) == self.node):
+            self.fail(LocalRayletDiedError())
+        for request in list(self._requests.values()):
+            if request.destination == address:
+                request.finish()
+
+    def hear_last_words(self, address: int) -> None:
+        """Handle what a process of this node has sent, before its death is (PROTO-3)."""
+        for data in self._last_words(address):
+            last = decode(data)
+            self.handlers[type(last)](address, last)
+
+    def _last_words(self, address: int) -> list[bytes]:
+        return self.lane.receive_from(address) if node_of(address) == self.node else []
+
+    def _on_node_died(self, source: int, message: NodeDied) -> None:
+        self.dead_nodes.add(message.node)
+        self.objects.on_node_died(message.node)
+        self.tasks.on_node_died(message.node, message.text)
+        self.actors.on_node_died(message.node)
+        for request in list(self._requests.values()):
+            if node_of(request.destination) == message.node:
+                request.finish()
+
+    def _on_shutdown(self, source: int, message: Shutdown) -> None:
+        if self.on_shutdown is not None:
+            self.on_shutdown(message.reason)
+        else:
+            self.fail(LocalRayletDiedError(f"the session was shut down: {message.reason}"))
+
+    def _on_log_lines(self, source: int, message: LogLines) -> None:
+        if not message.lines:
+            self.log_ended.one()
+        elif self.on_log is not None:
+            self._log_lines.append(message)
+            self.callbacks.append(self._show_log_lines)
+
+    def _show_log_lines(self) -> None:
+        with self._showing:  # in the order in which they came, whichever threads do it
+            while self._log_lines and self.on_log is not None:
+                self.on_log(self._log_lines.popleft())
+
+    # -------------------------------------------------------------- objects
+
+    def put(self, value: Any) -> ObjectRef:
+        """Store a value; its reference. Raises what ``serialize`` raises, and ObjectStoreFullError."""
+        self.work_off_released()
+        try:
+            serialized = serialize.serialize(value)
+        except Exception as error:
+            where = serialize.explain(value, "value")
+            raise TypeError(f"Could not serialize the value: {error}. The part at fault: {where}") from error
+        entry = self.objects.put(serialized, [reference._entry for reference in serialized.contained])
+        return ObjectRef(entry)
+
+    def store_value(self, object_id: bytes, serialized: serialize.Serialized, owner: int) -> Result:
+        """Put bytes where they belong by their size: into a message, or into the arena.
+
+        Raises:
+            ObjectStoreFullError: the arena has no room for it.
+        """
+        if serialized.size <= self.settings.inline_bytes:
+            return Result(INLINE, serialized.to_bytes(), size=serialized.size)
+        handle = self._create(object_id, serialized.size, owner)
+        store = self.store
+        try:
+            serialized.write(lambda offset, data: store.write(handle, offset, data))
+        except BaseException:
+            store.abort(handle)
+            raise
+        store.seal(handle)
+        return Result(ARENA, b"", self.node, handle, serialized.size)
+
+    def _create(self, object_id: bytes, size: int, owner: int) -> int:
+        try:
+            return self.store.create(object_id, size, owner)
+        except ArenaFull as error:
+            if size > self.config.arena_bytes:
+                raise ObjectStoreFullError(f"an object of {size} bytes can never be stored here: {error}") from None
+        for _ in range(10):
+            self.work_off_released()
+            answer = self.request(self.raylet, lambda request_id: ArenaFullNotice(request_id, size))
+            try:
+                return self.store.create(object_id, size, owner)
+            except ArenaFull as error:
+                if answer.error:
+                    raise ObjectStoreFullError(f"{answer.error} ({error})") from None
+        raise ObjectStoreFullError(f"no room for an object of {size} bytes in the object store of node {self.node}")
+
+    def get_one(self, reference: ObjectRef, timeout_s: float | None = None) -> Any:
+        """The value of a reference; raises its error. Blocks."""
+        entry = reference._entry
+        result = entry.result
+        if entry.state != READY or result is None or result.kind == ARENA:
+            self.make_available([entry], timeout_s)
+        return self.load(entry)
+
+    def get_many(self, references: Sequence[ObjectRef], timeout_s: float | None = None) -> list[Any]:
+        """The values of references; raises the error of the first that has one, as soon as it is known. Blocks."""
+        entries = [reference._entry for reference in references]
+        self.make_available(entries, timeout_s)
+        for entry in entries:
+            if entry.state == READY and entry.result is not None and entry.result.kind == ERROR:
+                self.load(entry)
+        return [self.load(entry) for entry in entries]
+
+    def make_ready(self, entries: Sequence[Entry], timeout_s: float | None = None) -> None:
+        """Wait until all entries have a value, a place or an error. Blocks.
+
+        Raises:
+            GetTimeoutError: not in time.
+        """
+        with self.lock:
+            unready = [entry for entry in entries if entry.state != READY]
+            waiter = Waiter(len(unready))
+            for entry in unready:
+                self._wake_when_ready(entry, waiter, waiter.one)
+        try:
+            if not self.block(waiter, timeout_s):
+                raise GetTimeoutError(f"not ready after {timeout_s:g} s")
+        finally:
+            self.withdraw(waiter)
+
+    def make_available(self, entries: Sequence[Entry], timeout_s: float | None) -> None:
+        """Wait until all entries can be loaded here, or one is an error. Blocks.
+
+        Raises:
+            GetTimeoutError: not in time.
+        """
+        if refs.released:
+            self.work_off_released()
+        deadline = None if timeout_s is None else self.now() + timeout_s
+        while True:
+            waiter = self._missing(entries)
+            if waiter is None:
+                return
+            left = None if deadline is None else max(0.0, deadline - self.now())
+            try:
+                in_time = self.block(waiter, left)
+            finally:
+                self.withdraw(waiter)
+            if not in_time:
+                late = sum(entry.state != READY for entry in entries)
+                raise GetTimeoutError(
+                    f"Get timed out: {late or 'some'} of {len(entries)} object(s) not ready after {timeout_s:g} s."
+                )
+
+    def _missing(self, entries: Sequence[Entry], kind: type[Waiter] = Waiter) -> Waiter | None:
+        """A waiter for what is not here yet; None if all is here, or one has an error."""
+        with self.lock:
+            missing: dict[bytes, Entry] = {}
+            elsewhere: dict[bytes, Entry] = {}
+            objects = self.objects
+            for entry in entries:
+                if objects.entries.get(entry.id) is not entry:
+                    raise exceptions.ObjectLostError(entry.id.hex(), detail="The reference is from another session")
+                if entry.state != READY:
+                    missing[entry.id] = entry
+                else:
+                    result = entry.result
+                    assert result is not None
+                    if result.kind == ERROR:
+                        return None
+                    if result.kind == ARENA and objects.local_handle(entry) is None:
+                        elsewhere[entry.id] = entry
+            for entry in elsewhere.values():
+                objects.pull(entry)
+            if not missing and not elsewhere:
+                return None
+            waiter = kind(len(missing) + len(elsewhere))
+            for entry in missing.values():
+                self._wake_when_ready(entry, waiter, _one_or_error(waiter, entry))
+            for entry in elsewhere.values():
+                self.pull_waiters.setdefault(entry.id, []).append(waiter.one)
+            return waiter
+
+    def _wake_when_ready(self, entry: Entry, waiter: Waiter, wake: Callable[[], None]) -> None:
+        waiter.wakes.append((entry, wake))
+        self.objects.on_ready(entry, wake)
+
+    def withdraw(self, waiter: Waiter) -> None:
+        """Nobody waits for it any more: take back the wakes that it has left with entries. Takes the lock."""
+        if waiter.left <= 0:
+            return  # all were used
+        with self.lock:
+            for entry, wake in waiter.wakes:
+                if entry.waiters is not None and wake in entry.waiters:
+                    entry.waiters.remove(wake)
+                    if entry.count <= 0:
+                        self.objects.drop_if_unused(entry)
+
+    def pulled(self, entry: Entry) -> None:
+        """A pull ended, well or not; whoever waits looks again."""
+        for wake in self.pull_waiters.pop(entry.id, ()):
+            wake()
+
+    def load(self, entry: Entry) -> Any:
+        """The value of an entry that is available here; raises its error."""
+        result = entry.result
+        assert result is not None
+        if result.kind == ARENA:
+            handle = self.objects.local_handle(entry)
+            pin = None if handle is None else self.store.get(handle)
+            if pin is None:
+                with self.lock:
+                    if entry.state == READY:
+                        self.objects.lost_at(entry, self.node)
+                self.make_available([entry], None)
+                return self.load(entry)
+            data: Any = pin
+        else:
+            data = result.payload
+        value, loans = self.load_with_loans(data)
+        if loans:
+            with self.lock:
+                self.objects.register(loans, [entry])
+        if result.kind == ERROR:
+            raise value.as_instanceof_cause() if isinstance(value, RayTaskError) else value
+        return value
+
+    def load_with_loans(self, data: Any) -> tuple[Any, list[Entry]]:
+        """A value, and the borrowed references met in it for which this process is not registered yet."""
+        outer = self._loading.loans
+        loans = self._loading.loans = []
+        try:
+            return serialize.deserialize(data), loans
+        finally:
+            self._loading.loans = outer
+
+    def wait(self, references: Sequence[Any], num_returns: int, timeout_s: float | None, fetch_local: bool) -> list[bool]:
+        """Wait until ``num_returns`` are ready or the time is over; which are ready. Blocks."""
+        self.work_off_released()
+        with self.lock:
+            entries = [item._entry if isinstance(item, ObjectRef) else item._head() for item in references]
+            unready = [entry for entry in entries if entry.state != READY]
+            for entry in unready:
+                if entry.state == FREED:
+                    raise exceptions.ObjectLostError(entry.id.hex(), detail="The reference is from another session")
+            needed = num_returns - (len(entries) - len(unready))
+            if needed > 0:
+                waiter = Waiter(needed)
+                for entry in unready:
+                    self._wake_when_ready(entry, waiter, waiter.one)
+        if needed > 0:
+            try:
+                self.block(waiter, timeout_s)
+            finally:
+                waiter.left = len(unready)  # some were not waited for
+                self.withdraw(waiter)
+        ready, count = [], 0
+        for entry in entries:
+            good = entry.state == READY and count < num_returns
+            count += good
+            ready.append(good)
+        if fetch_local:
+            with self.lock:
+                for entry in entries:
+                    if entry.state == READY and entry.result.kind == ARENA and self.objects.local_handle(entry) is None:
+                        self.objects.pull(entry)
+        return ready
+
+    def add_done_callback(self, entry: Entry, callback: Callable[[], None]) -> None:
+        """Call back, without the lock, once the entry can be loaded here without waiting."""
+
+        def look() -> None:
+            waiter = self._missing([entry], _Then)
+            if waiter is None:
+                self.callbacks.append(finished)
+            else:
+                assert isinstance(waiter, _Then)
+                waiter.then = look
+
+        def finished() -> None:
+            self.lane.eager -= 1
+            callback()
+
+        with self.lock:
+            self.lane.eager += 1
+            look()
+        if self.lane.eager:
+            self.lane.wake_background()
+        self.run_callbacks()
+
+    def _rebuild(self, object_id: bytes) -> ObjectRef:
+        with self.lock:
+            entry = self.objects.meet(object_id)
+            reference = self.objects.reference(entry)
+            if not entry.owned and not entry.added:
+                if self._loading.loans is not None:
+                    self._loading.loans.append(entry)
+                else:
+                    self.objects.register([entry])
+        return reference
+
+    def _leak(self, entry: Entry) -> None:
+        with self.lock:
+            entry.count += 1
+
+
+def _one_or_error(waiter: Waiter, entry: Entry) -> Callable[[], None]:
+    def wake() -> None:
+        if entry.result is not None and entry.result.kind == ERROR:
+            waiter.finish()
+        else:
+            waiter.one()
+
+    return wake
+
+
+def _error_class(name: str) -> type[Exception]:
+    found = getattr(exceptions, name, None) or {"ValueError": ValueError, "KeyError": KeyError, "TypeError": TypeError}.get(name)
+    return found or RayError

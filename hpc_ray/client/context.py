@@ -1,0 +1,60 @@
+"""Which client this process has, and which task the calling code belongs to.
+
+The two process-wide facts of the runtime. Set by ``init`` and by the worker; read by the public API.
+"""
+
+from __future__ import annotations
+
+import contextvars
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from hpc_ray.client.client import Client
+
+class LeaveProcess(BaseException):
+    """Raised through user code by ``exit_actor``: the process ends in order after its reply."""
+
+
+client: Client | None = None
+namespace: str = ""
+is_worker: bool = False
+actor: ActorContext | None = None  # in a process that is an actor
+
+
+class TaskContext:
+    """The task that is running."""
+
+    __slots__ = ("attempt", "function_name", "name", "shape", "task_id")
+
+    def __init__(self, task_id: bytes, name: str, function_name: str, attempt: int, shape: Any = None):
+        self.task_id = task_id
+        self.name = name
+        self.function_name = function_name
+        self.attempt = attempt
+        self.shape = shape  # of the lease
+
+
+class ActorContext:
+    """The actor that this process is."""
+
+    def __init__(self, spec: Any, attempt: int, address: int):
+        self.spec = spec
+        self.attempt = attempt
+        self.address = address
+        self.instance: Any = None
+
+
+task: contextvars.ContextVar[TaskContext | None] = contextvars.ContextVar("hpc_ray_task", default=None)
+captured: bytes = b""  # worker: the placement group that what is started here inherits
+cancelled: set[bytes] = set()  # worker: running tasks that somebody has cancelled
+instances: dict[str, list[list[int]]] = {}  # worker: the accelerators it was given, GPU → [[index, amount], …]
+
+
+def set_client(new: Client | None) -> None:
+    global client
+    client = new
+
+
+def set_actor(new: ActorContext | None) -> None:
+    global actor
+    actor = new

@@ -1,0 +1,211 @@
+"""ObjectRef: the user's name for a value that exists, will exist, or will fail.
+
+Relied on by the public API and by ``objects``. A reference is one counted hold on its ``Entry``; when it is collected the entry goes
+into ``released``, which the client works off later, because a finaliser must not take locks or send.
+
+REF-1 (no I/O in ``__del__``): dropping a reference appends to ``released`` and at most wakes a parked thread.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
+
+from hpc_ray.ids import JobID, TaskID
+from hpc_ray.serialize import note_contained
+
+if TYPE_CHECKING:
+    import asyncio
+    import concurrent.futures
+
+    from hpc_ray.client.objects import Entry
+
+T = TypeVar("T")
+released: deque[Any] = deque()
+
+
+def _release(entry: Any) -> None:
+    released.append(entry)
+    if _Hooks.parked:
+        _Hooks.parked = False
+        assert _Hooks.unpark is not None
+        _Hooks.unpark()
+
+
+class _Hooks:
+    """Set by the client that is connected; see ``install``."""
+
+    rebuild: Callable[[bytes], ObjectRef] | None = None
+    add_done_callback: Callable[[Any, Callable], None] | None = None
+    get: Callable[[ObjectRef], Any] | None = None
+    leak: Callable[[Any], None] | None = None
+    parked = False  # the client's background thread sleeps for good; a release has to wake it
+    unpark: Callable[[], None] | None = None
+
+
+def install(
+    rebuild: Callable[[bytes], ObjectRef] | None = None,
+    add_done_callback: Callable[[Any, Callable], None] | None = None,
+    get: Callable[[ObjectRef], Any] | None = None,
+    leak: Callable[[Any], None] | None = None,
+    unpark: Callable[[], None] | None = None,
+) -> None:
+    """Connect references to a client; without arguments: disconnect."""
+    _Hooks.parked = False
+    _Hooks.rebuild, _Hooks.add_done_callback, _Hooks.get = rebuild, add_done_callback, get
+    _Hooks.leak, _Hooks.unpark = leak, unpark
+
+
+def set_parked(parked: bool) -> None:
+    _Hooks.parked = parked
+
+
+def _entry_of(data: Any) -> Any:
+    if not isinstance(data, bytes):
+        raise TypeError(f"ObjectRef is made from bytes, not {type(data).__name__}")
+    if len(data) != 28:
+        raise ValueError(f"ObjectRef has 28 bytes, got {len(data)}")
+    if _Hooks.rebuild is None or data == _NIL:
+        return _Name(data)
+    reference = _Hooks.rebuild(data)
+    entry = reference._entry
+    reference._entry = _Name(data)  # its hold passes to the new reference
+    return entry
+
+
+def _rebuild(object_id: bytes) -> ObjectRef:
+    if _Hooks.rebuild is None:
+        raise RuntimeError("an ObjectRef can only be unpickled in a process that is connected to its session")
+    return _Hooks.rebuild(object_id)
+
+
+class _Name:
+    """Stands for an entry where there is none: the nil reference, or one made without a session."""
+
+    __slots__ = ("id",)
+
+    def __init__(self, object_id: bytes):
+        self.id = object_id
+
+
+_NIL = b"\xff" * 28
+
+
+class ObjectRef(Generic[T]):
+    """A reference to an object in the cluster. Made by ``put`` and ``remote``; ``get`` gives the value."""
+
+    __slots__ = ("__weakref__", "_entry")
+
+    def __init__(self, entry: Entry | bytes):
+        """From the 28 bytes of an id; the runtime itself gives the entry, in whose count it has put this reference."""
+        if type(entry) is bytes or not hasattr(entry, "id"):
+            entry = _entry_of(entry)
+        self._entry: Any = entry  # an Entry, or a _Name
+
+    @classmethod
+    def nil(cls) -> ObjectRef:
+        """The reference to nothing."""
+        return cls(_NIL)
+
+    @classmethod
+    def from_binary(cls, data: bytes) -> ObjectRef:
+        return cls(data)
+
+    @classmethod
+    def from_hex(cls, text: str) -> ObjectRef:
+        return cls(bytes.fromhex(text))
+
+    def __del__(self, _release: Callable[[Any], None] = _release) -> None:
+        try:
+            _release(self._entry)
+        except AttributeError:  # __init__ did not get that far
+            pass
+
+    def binary(self) -> bytes:
+        return self._entry.id
+
+    def hex(self) -> str:
+        return self._entry.id.hex()
+
+    def task_id(self) -> TaskID:
+        return TaskID(self._entry.id[:24])
+
+    def job_id(self) -> JobID:
+        return JobID(self._entry.id[20:24])
+
+    def is_nil(self) -> bool:
+        return self._entry.id == _NIL
+
+    @classmethod
+    def size(cls) -> int:
+        return 28
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, ObjectRef) and self._entry.id == other._entry.id
+
+    def __hash__(self) -> int:
+        return hash(int.from_bytes(self._entry.id, "little"))  # the same in all processes
+
+    def __repr__(self) -> str:
+        return f"ObjectRef({self._entry.id.hex()})"
+
+    def __reduce__(self) -> Any:
+        if not note_contained(self) and _Hooks.leak is not None:
+            _Hooks.leak(self._entry)  # pickled by hand: nobody can know when the copy goes
+        return _rebuild, (self._entry.id,)
+
+    def future(self) -> concurrent.futures.Future:
+        """A future that gets the value or the error; done in a thread of the runtime."""
+        import concurrent.futures  # costs start-up time where nobody asks for it
+
+        future: concurrent.futures.Future = concurrent.futures.Future()
+        future.set_running_or_notify_cancel()
+        self._on_completed(lambda: _fill(future, self))
+        return future
+
+    def as_future(self, _internal: bool = False) -> asyncio.Future:
+        """An asyncio future of the running loop."""
+        import asyncio
+
+        loop = asyncio.get_running_loop()
+        future = loop.create_future()
+
+        def done() -> None:
+            loop.call_soon_threadsafe(_fill_unless_done, future, self)
+
+        self._on_completed(done)
+        return future
+
+    def __await__(self) -> Any:
+        return self.as_future().__await__()
+
+    def _on_completed(self, callback: Callable[[], None]) -> None:
+        """Call back, in any thread, once the value or error is there."""
+        if _Hooks.add_done_callback is None:
+            raise RuntimeError("not connected: call init() first")
+        _Hooks.add_done_callback(self._entry, callback)
+
+
+def _fill(future: concurrent.futures.Future, reference: ObjectRef) -> None:
+    assert _Hooks.get is not None
+    try:
+        value = _Hooks.get(reference)
+    except BaseException as error:
+        future.set_exception(error)
+    else:
+        future.set_result(value)
+
+
+def _fill_unless_done(future: asyncio.Future, reference: ObjectRef) -> None:
+    if future.done():
+        return
+    assert _Hooks.get is not None
+    try:
+        value = _Hooks.get(reference)
+    except BaseException as error:
+        if isinstance(error, StopIteration):
+            error = RuntimeError(f"the task raised StopIteration: {error}")
+        future.set_exception(error)
+    else:
+        future.set_result(value)

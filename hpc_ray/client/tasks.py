@@ -1,0 +1,739 @@
+"""Submitting tasks: from a call to its results, over leased workers.
+
+This is the hot path of an owner. A task is prepared (arguments packed, references held), waits for its dependencies, then in the
+queue of its *scheduler* (one per shape of resources) for a worker. The scheduler leases workers from the raylet and sends
+tasks straight to them, several ahead when the tasks are short.
+
+TASK-1 (one reply counts): the reply with the current attempt number ends the task; any other is ignored.
+TASK-2 (no task waits behind a long one): tasks are sent ahead only for about ``pipeline_s`` of work; a worker that blocks gives back
+what it has not started, and when it stays busy the owner takes it back as soon as another worker is free.
+TASK-3 (holds): a task holds its dependencies and what its arguments contain until its reply.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, cast
+
+from hpc_ray.client import context
+from hpc_ray.client.objects import ARENA, ERROR, FREED, READY, Entry, State
+from hpc_ray.client.refs import ObjectRef
+from hpc_ray.client.streams import DYNAMIC, ObjectRefGenerator, Stream
+from hpc_ray.exceptions import (
+    RayError,
+    RuntimeEnvSetupError,
+    TaskCancelledError,
+    TaskPlacementGroupRemoved,
+    TaskUnschedulableError,
+    WorkerCrashedError,
+)
+from hpc_ray.ids import TaskID, node_of, object_id_of, raylet_address
+from hpc_ray.protocol import (
+    ALL_ARGUMENTS,
+    CancelTask,
+    Dependency,
+    LeaseContended,
+    LeaseGranted,
+    LeaseRedirected,
+    LeaseRefusal,
+    LeaseRefused,
+    LeaseRevoked,
+    PushTask,
+    RequestLease,
+    ResizeLeaseRequest,
+    Result,
+    ReturnLease,
+    Shape,
+    StealTasks,
+    TaskReply,
+    TasksStolen,
+    UseLease,
+    encode,
+)
+from hpc_ray.serialize import dumps, explain_arguments, serialize_arguments
+
+if TYPE_CHECKING:
+    from hpc_ray.client.client import Client
+
+UNKNOWN_COST_NS = 1 << 60  # of a function that has not run yet: nothing is sent ahead
+CALL_NS = 4_000  # what a task costs a worker besides the user's code
+
+FAIR_SHARE_S = 0.1  # while others wait, a worker is given back after this long
+
+
+class Function:
+    """A pickled function or class, its id (a digest of the pickle), and how long it usually runs."""
+
+    __slots__ = ("blob", "cost_ns", "id", "name")
+
+    def __init__(self, function_id: bytes, blob: bytes, name: str):
+        self.id = function_id
+        self.blob = blob
+        self.name = name
+        self.cost_ns = UNKNOWN_COST_NS
+
+    def learn(self, nanoseconds: int) -> None:
+        """A run took this long. Longer ones count at once, shorter ones slowly."""
+        cost = self.cost_ns
+        if nanoseconds > 4 * cost or cost == UNKNOWN_COST_NS:
+            self.cost_ns = nanoseconds
+        else:
+            self.cost_ns = cost + (nanoseconds - cost) // 8
+
+
+class Template:
+    """What all calls of one remote function with the same options share."""
+
+    __slots__ = ("extras", "function", "limited", "max_retries", "name", "num_returns", "retry_exceptions", "shape", "shape_key")
+
+    def __init__(
+        self,
+        function: Function,
+        name: str,
+        shape: Shape | None,
+        *,
+        num_returns: int = 1,
+        max_retries: int = 3,
+        retry_exceptions: bool = False,
+        extras: bytes = b"",
+        limited: bool = False,
+    ):
+        self.function = function
+        self.name = name
+        self.shape = shape
+        self.shape_key = encode(shape) if shape is not None else b""
+        self.num_returns = num_returns  # or STREAMING, DYNAMIC
+        self.limited = limited  # a stream that waits for its consumer
+        self.max_retries = max_retries
+        self.retry_exceptions = retry_exceptions
+        self.extras = extras
+
+
+class Task:
+    """One call on its way: of a remote function, or of an actor's method."""
+
+    __slots__ = (
+        "arguments",
+        "attempt",
+        "cancelled",
+        "contained",
+        "dependencies",
+        "id",
+        "lane",
+        "parent",
+        "retries_left",
+        "returns",
+        "stream",
+        "submitter",
+        "template",
+        "unresolved",
+    )
+
+    def __init__(self, submitter: Any, template: Template, task_id: bytes):
+        self.submitter = submitter
+        self.template = template
+        self.id = task_id
+        self.attempt = 0
+        self.retries_left = template.max_retries
+        self.arguments = b""
+        self.dependencies: list[tuple[int | str, Entry]] = []
+        self.contained: list[Entry] = []
+        self.returns: list[Entry] = []
+        self.unresolved = 0
+        self.lane: Any = None  # the Lease or ActorLink that has it, while it is sent
+        self.cancelled = False
+        self.stream: Stream | None = None
+        parent = context.task.get()
+        self.parent = None if parent is None else parent.task_id  # the task that made this call
+
+    @property
+    def worker(self) -> int:
+        """The address of the process that has it."""
+        return self.lane.worker
+
+    def run_again(self, entry: Entry) -> bool:
+        return self.submitter.run_again(self, entry)
+
+    def forget_lineage(self) -> None:
+        """An output is freed; kept reachable through outputs that still need it, so nothing to do."""
+
+
+class CallPacker:
+    """Shared by tasks and actor calls: arguments in, a Task with its holds and its return entries out."""
+
+    def __init__(self, client: Client):
+        self.client = client
+        self.objects = client.objects
+
+    def pack(self, task: Task, args: tuple, kwargs: dict) -> None:
+        """Pack the arguments and take the holds. Takes the client's lock.
+
+        Raises:
+            TypeError: an argument cannot be pickled.
+        """
+        dependencies = task.dependencies
+        for i, value in enumerate(args):
+            if type(value) is ObjectRef:
+                dependencies.append((i, value._entry))
+        if dependencies:
+            plain = list(args)
+            for slot, _ in dependencies:
+                plain[cast("int", slot)] = None
+            args = tuple(plain)
+        if kwargs:
+            for name, value in kwargs.items():
+                if type(value) is ObjectRef:
+                    dependencies.append((name, value._entry))
+                    kwargs = {**kwargs, name: None}
+        try:
+            serialized = serialize_arguments((args, kwargs))
+        except Exception as error:
+            where = explain_arguments(args, kwargs)
+            name = task.template.name
+            raise TypeError(f"Could not serialize the arguments of {name}: {error}. The part at fault: {where}") from error
+        contained = [reference._entry for reference in serialized.contained]
+        if serialized.size <= self.client.settings.inline_bytes:
+            task.arguments = serialized.to_bytes()
+            task.contained = contained
+        else:
+            large = self.objects.put(serialized, contained)
+            large.count -= 1  # counted with the others below
+            dependencies.insert(0, (ALL_ARGUMENTS, large))
+        if dependencies or contained:
+            entries = self.objects.entries
+            with self.client.lock:
+                for _, entry in dependencies:
+                    if entries.get(entry.id) is not entry:
+                        raise RayError(f"{entry.id.hex()} is a reference from another session")
+                for _, entry in dependencies:
+                    entry.count += 1
+                for entry in task.contained:
+                    entry.count += 1
+
+    def wait_for_dependencies(self, task: Task, then: Callable[[Task], None]) -> bool:
+        """True if they are all ready; otherwise ``then(task)`` is called when they are. Under the lock."""
+        waiting = [entry for _, entry in task.dependencies if entry.state < READY]
+        if not waiting:
+            return True
+        task.unresolved = len(waiting)
+
+        def one_ready() -> None:
+            task.unresolved -= 1
+            if task.unresolved == 0:
+                then(task)
+
+        for entry in waiting:
+            self.objects.on_ready(entry, one_ready)
+        return False
+
+    def resolve(self, task: Task) -> list[Dependency] | Result:
+        """The dependencies for the message, or the error of the first that failed."""
+        found = []
+        for slot, entry in task.dependencies:
+            result = entry.result
+            if result is None:
+                return Result(ERROR, dumps(RayError(f"argument {entry.id.hex()} was freed before the task could run")))
+            if result.kind == ERROR:
+                return result
+            if result.contained:
+                result = Result(result.kind, result.payload, result.node, result.handle, result.size)
+            found.append(Dependency(entry.id, result, slot, entry.places or []))
+        return found
+
+    def make_returns(self, task: Task) -> Any:
+        """What the caller gets: a reference, a list of them, None, or a generator. Under the lock."""
+        count = task.template.num_returns
+        if count == 1:
+            return self.make_return(task, 0)
+        if count >= 0:
+            return [self.make_return(task, i) for i in range(count)] or None
+        stream = Stream(self.client, task)
+        if count == DYNAMIC:
+            return self.make_return(task, 0)
+        return ObjectRefGenerator(self.client, stream)
+
+    def make_return(self, task: Task, index: int) -> ObjectRef:
+        entry = self.objects.own(object_id_of(task.id, index))
+        entry.task = task
+        entry.count = 1
+        task.returns.append(entry)
+        return ObjectRef(entry)
+
+    def finish(self, task: Task, results: list[Result]) -> None:
+        """Hand out the results and let go of the arguments (TASK-3)."""
+        objects = self.objects
+        keep = False
+        if task.stream is not None:
+            task.stream.end(results[0] if results else None)
+            results = [task.stream.collect()] if task.returns else []
+        for entry, result in zip(task.returns, results, strict=True):
+            if result.kind == ARENA:
+                keep = True  # may be lost, and then made again
+            else:
+                entry.task = None
+            if entry.state < READY:
+                objects.receive_result(entry, result)
+        if task.dependencies or task.contained:
+            for _, entry in task.dependencies:
+                objects.release(entry)
+            for entry in task.contained:
+                objects.release(entry)
+            if not keep:
+                task.dependencies = []
+            task.contained = []
+
+    def fail(self, task: Task, error: BaseException | Result) -> None:
+        result = error if isinstance(error, Result) else Result(ERROR, dumps(error))
+        self.finish(task, [result] * max(1, len(task.returns)) if task.stream is not None else [result] * len(task.returns))
+
+
+class Lease:
+    """A worker that is ours for a while."""
+
+    __slots__ = (
+        "busy_since",
+        "id",
+        "idle_since",
+        "inflight",
+        "load_ns",
+        "pid",
+        "raylet",
+        "scheduler",
+        "since",
+        "stealing",
+        "worker",
+        "worker_id",
+    )
+
+    def __init__(self, scheduler: Scheduler, raylet: int, granted: LeaseGranted, now: float):
+        self.scheduler = scheduler
+        self.id = granted.lease_id
+        self.raylet = raylet
+        self.worker = granted.worker
+        self.worker_id = granted.worker_id
+        self.pid = granted.pid
+        self.inflight: dict[bytes, Task] = {}
+        self.load_ns = 0  # expected run time of what is in flight
+        self.since = now
+        self.idle_since = now
+        self.busy_since = now  # when the task at the head can have started
+        self.stealing = False
+
+
+class Scheduler:
+    """The queue and the leases of one shape."""
+
+    def __init__(self, submitter: TaskSubmitter, shape: Shape):
+        self.submitter = submitter
+        self.client = submitter.client
+        self.shape = shape
+        self.queue: deque[Task] = deque()
+        self.leases: dict[tuple[int, int], Lease] = {}
+        self.idle: dict[Lease, None] = {}
+        self.open: dict[Lease, None] = {}  # busy, with room for more
+        self.requests: dict[int, list[int]] = {}  # request id → [raylet's node, count still wanted]
+        self.ahead_ns = int(self.client.settings.pipeline_s * 1e9)
+        self.contended_until = 0.0
+
+    # -------------------------------------------------------------- tasks out
+
+    def enqueue(self, task: Task) -> None:
+        queue = self.queue
+        if not queue:
+            lease = self.pick(task)
+            if lease is not None:
+                self.push(lease, task)
+                return
+        queue.append(task)
+        self.request()
+
+    def pick(self, task: Task) -> Lease | None:
+        """A worker for the task: an idle one, or one that is busy for so short that the task may wait there (TASK-2)."""
+        for lease in self.idle:
+            del self.idle[lease]
+            return lease
+        room = self.ahead_ns - task.template.function.cost_ns
+        if room > 0:
+            for lease in self.open:
+                if lease.load_ns <= room:
+                    return lease
+        return None
+
+    def pump(self) -> None:
+        queue = self.queue
+        while queue:
+            lease = self.pick(queue[0])
+            if lease is None:
+                break
+            self.push(lease, queue.popleft())
+        if queue:
+            self.request()
+
+    def push(self, lease: Lease, task: Task) -> None:
+        packer = self.submitter.packer
+        if task.dependencies:
+            dependencies = packer.resolve(task)
+            if isinstance(dependencies, Result):
+                self.settle(lease)
+                self.submitter.end(task)
+                packer.fail(task, dependencies)
+                return
+        else:
+            dependencies = []
+        template = task.template
+        function = template.function
+        client = self.client
+        client.export(lease.worker, function)
+        if not lease.inflight:
+            lease.busy_since = client.now()
+        lease.inflight[task.id] = task
+        lease.load_ns += function.cost_ns + CALL_NS
+        task.lane = lease
+        client.send(
+            lease.worker,
+            PushTask(
+                task.id,
+                task.attempt,
+                function.id,
+                template.name,
+                task.arguments,
+                dependencies,
+                template.num_returns,
+                b"",
+                template.extras,
+                lease.id,
+            ),
+        )
+        self.settle(lease)
+
+    def settle(self, lease: Lease) -> None:
+        """Put the lease where ``pick`` finds it, by how much it has to do."""
+        if not lease.inflight:
+            lease.load_ns = 0
+            self.open.pop(lease, None)
+            now = lease.idle_since = self.client.now()
+            if now < self.contended_until and (not self.queue or now - lease.since >= FAIR_SHARE_S):
+                self.give_back(lease)  # and ask again, behind the others
+            else:
+                self.idle[lease] = None
+        elif lease.load_ns < self.ahead_ns and len(lease.inflight) < self.client.settings.pipeline_tasks:
+            now = self.client.now()
+            if now >= self.contended_until or now - lease.since < FAIR_SHARE_S:
+                self.open[lease] = None
+        else:
+            self.open.pop(lease, None)
+
+    # -------------------------------------------------------------- leases
+
+    def request(self) -> None:
+        """See that enough workers are asked for; told again only when the wish has doubled."""
+        wanted = len(self.queue)
+        for request_id, request in self.requests.items():
+            if request[0] == self.client.node:
+                more = wanted - request[1]
+                if more >= request[1]:
+                    request[1] = wanted
+                    self.client.send(self.client.raylet, RequestLease(request_id, self.shape, more))
+                return
+        self.ask(self.client.node, wanted, False)
+
+    def ask(self, node: int, count: int, redirected: bool) -> None:
+        request_id = self.client.next_request()
+        self.requests[request_id] = [node, count]
+        self.submitter.by_request[request_id] = self
+        self.client.send(raylet_address(node), RequestLease(request_id, self.shape, count, redirected))
+
+    def one_answered(self, request_id: int) -> None:
+        request = self.requests.get(request_id)
+        if request is not None:
+            request[1] -= 1
+            if request[1] <= 0:
+                self.forget(request_id)
+
+    def forget(self, request_id: int) -> None:
+        self.requests.pop(request_id, None)
+        self.submitter.by_request.pop(request_id, None)
+
+    def on_granted(self, source: int, message: LeaseGranted) -> None:
+        self.one_answered(message.request_id)
+        lease = Lease(self, source, message, self.client.now())
+        key = (node_of(source), lease.id)
+        self.leases[key] = lease
+        self.submitter.leases[key] = lease
+        self.client.send(lease.worker, UseLease(lease.id, self.shape, context.namespace, message.instances))
+        self.client.keep_ticking()
+        self.idle[lease] = None
+        self.pump()
+        if lease in self.idle:
+            self.steal()
+
+    def give_back(self, lease: Lease, reusable: bool = True) -> None:
+        self.remove(lease)
+        self.client.send(lease.raylet, ReturnLease(lease.id, reusable))
+
+    def remove(self, lease: Lease) -> None:
+        key = (node_of(lease.raylet), lease.id)
+        self.leases.pop(key, None)
+        self.submitter.leases.pop(key, None)
+        self.idle.pop(lease, None)
+        self.open.pop(lease, None)
+
+    def steal(self) -> None:
+        """A worker is free and nothing is queued: take back what waits behind a task that runs long (TASK-2)."""
+        late = self.client.now() - 2 * self.client.settings.pipeline_s
+        for lease in self.leases.values():
+            if len(lease.inflight) > 1 and lease.busy_since < late and not lease.stealing:
+                lease.stealing = True
+                self.client.send(lease.worker, StealTasks(lease.id))
+                return
+
+    def tick(self, now: float) -> None:
+        """Every 20 ms while there are leases or requests."""
+        if not self.queue:
+            for request_id, (node, _) in list(self.requests.items()):
+                self.forget(request_id)
+                self.client.send(raylet_address(node), ResizeLeaseRequest(request_id, 0))
+            for lease in list(self.idle):
+                if now - lease.idle_since >= self.client.settings.lease_idle_s:
+                    self.give_back(lease)
+        stuck = any(
+            len(lease.inflight) > 1 and now - lease.busy_since > 2 * self.client.settings.pipeline_s
+            for lease in self.leases.values()
+        )
+        if stuck:
+            if self.idle:
+                self.steal()
+            elif not self.requests:
+                self.ask(self.client.node, 1, False)
+
+
+class TaskSubmitter:
+    """All tasks of this process that are not done. Methods run under the client's lock unless they say otherwise."""
+
+    def __init__(self, client: Client, packer: CallPacker):
+        self.client = client
+        self.packer = packer
+        self.tasks: dict[bytes, Task] = {}
+        self.schedulers: dict[bytes, Scheduler] = {}
+        self.leases: dict[tuple[int, int], Lease] = {}
+        self.by_request: dict[int, Scheduler] = {}
+        client.handlers.update(
+            {
+                LeaseGranted: self.on_lease_granted,
+                LeaseRedirected: self.on_lease_redirected,
+                LeaseRefused: self.on_lease_refused,
+                LeaseRevoked: self.on_lease_revoked,
+                LeaseContended: self.on_lease_contended,
+                TasksStolen: self.on_tasks_stolen,
+            }
+        )
+
+    def submit(self, template: Template, args: tuple, kwargs: dict) -> Any:
+        """Run a remote function; what ``make_returns`` says. Takes the lock; never blocks.
+
+        Raises:
+            TypeError: an argument cannot be pickled.
+        """
+        client = self.client
+        client.work_off_released()
+        task = Task(self, template, client.minter.task_id())
+        self.packer.pack(task, args, kwargs)
+        with client.lock:
+            made = self.packer.make_returns(task)
+            self.tasks[task.id] = task
+            if not task.dependencies or self.packer.wait_for_dependencies(task, self.ready):
+                self.ready(task)
+        return made
+
+    def ready(self, task: Task) -> None:
+        """Its dependencies are there."""
+        if task.cancelled:
+            return
+        scheduler = self.schedulers.get(task.template.shape_key)
+        if scheduler is None:
+            assert task.template.shape is not None
+            scheduler = self.schedulers[task.template.shape_key] = Scheduler(self, task.template.shape)
+        scheduler.enqueue(task)
+
+    def end(self, task: Task) -> None:
+        self.tasks.pop(task.id, None)
+        task.lane = None
+
+    def on_reply(self, task: Task, message: TaskReply) -> None:
+        """``message`` is of the current attempt of ``task`` (checked by the client)."""
+        lease = task.lane
+        scheduler = lease.scheduler
+        inflight = lease.inflight
+        inflight.pop(task.id, None)
+        lease.busy_since = self.client.now()
+        function = task.template.function
+        lease.load_ns -= function.cost_ns + CALL_NS
+        function.learn(message.nanoseconds)
+        if message.retiring:
+            self.retire(lease)
+        else:
+            scheduler.settle(lease)
+        if message.retryable and task.retries_left != 0 and not task.cancelled:
+            self.retry(task)
+        else:
+            del self.tasks[task.id]
+            task.lane = None
+            self.packer.finish(task, message.results)
+        if scheduler.queue:
+            scheduler.pump()
+
+    def retire(self, lease: Lease) -> None:
+        """The worker takes no more tasks; it has given back none, so what we sent ahead goes elsewhere."""
+        scheduler = lease.scheduler
+        scheduler.give_back(lease, reusable=False)
+        self.requeue(scheduler, list(lease.inflight.values()))
+
+    def requeue(self, scheduler: Scheduler, tasks: list[Task]) -> None:
+        for task in reversed(tasks):
+            task.lane = None
+            task.attempt += 1
+            scheduler.queue.appendleft(task)
+        scheduler.pump()
+
+    def retry(self, task: Task) -> None:
+        if task.retries_left > 0:
+            task.retries_left -= 1
+        task.attempt += 1
+        task.lane = None
+        if self.packer.wait_for_dependencies(task, self.ready):
+            self.ready(task)
+
+    def run_again(self, task: Task, entry: Entry) -> bool:
+        """Make a lost result once more; False if that is impossible."""
+        if task.id in self.tasks:
+            return True  # under way for another of its results
+        if task.retries_left == 0 or any(e.state == FREED for _, e in task.dependencies):
+            return False
+        for other in task.returns:
+            if other.state == READY and other.result is not None and other.result.kind == ARENA and not other.places:
+                other.state = State.PENDING
+        for _, dependency in task.dependencies:
+            dependency.count += 1
+        self.tasks[task.id] = task
+        self.retry(task)
+        return True
+
+    # -------------------------------------------------------------- messages
+
+    def on_lease_granted(self, source: int, message: LeaseGranted) -> None:
+        scheduler = self.by_request.get(message.request_id)
+        if scheduler is None:  # we had taken the wish back
+            self.client.send(source, ReturnLease(message.lease_id))
+        else:
+            scheduler.on_granted(source, message)
+
+    def on_lease_redirected(self, source: int, message: LeaseRedirected) -> None:
+        scheduler = self.by_request.get(message.request_id)
+        if scheduler is not None:
+            scheduler.one_answered(message.request_id)
+            scheduler.ask(message.node, 1, True)
+
+    def on_lease_refused(self, source: int, message: LeaseRefused) -> None:
+        scheduler = self.by_request.get(message.request_id)
+        if scheduler is None:
+            return
+        scheduler.forget(message.request_id)
+        error: RayError
+        if message.reason == LeaseRefusal.GROUP_REMOVED:
+            error = TaskPlacementGroupRemoved()
+        elif message.reason == LeaseRefusal.RUNTIME_ENV:
+            error = RuntimeEnvSetupError(message.text)
+        else:
+            error = TaskUnschedulableError(message.text)
+        tasks = list(scheduler.queue)
+        scheduler.queue.clear()
+        for task in tasks:
+            self.end(task)
+            self.packer.fail(task, error)
+
+    def on_lease_contended(self, source: int, message: LeaseContended) -> None:
+        now = self.client.now()
+        for scheduler in self.schedulers.values():
+            scheduler.contended_until = now + 1.0
+            if not scheduler.queue:
+                for lease in list(scheduler.idle):
+                    scheduler.give_back(lease)
+
+    def on_tasks_stolen(self, source: int, message: TasksStolen) -> None:
+        lease = self.find_lease(source, message.lease_id)
+        if lease is None:
+            return
+        lease.stealing = False
+        tasks = [lease.inflight.pop(task_id) for task_id in message.task_ids if task_id in lease.inflight]
+        scheduler = lease.scheduler
+        for head in lease.inflight.values():  # it takes longer than was thought
+            head.template.function.learn(int((self.client.now() - lease.busy_since) * 1e9))
+            break
+        lease.load_ns = scheduler.ahead_ns
+        scheduler.settle(lease)  # idle, if the task at the head has ended meanwhile
+        self.requeue(scheduler, tasks)
+
+    def find_lease(self, worker: int, lease_id: int) -> Lease | None:
+        return self.leases.get((node_of(worker), lease_id))
+
+    def on_lease_revoked(self, source: int, message: LeaseRevoked) -> None:
+        lease = self.leases.get((node_of(source), message.lease_id))
+        if lease is not None:
+            self.lease_lost(lease, message.cause.text)
+
+    def lease_lost(self, lease: Lease, text: str) -> None:
+        """The worker is gone. It ran the task at the head, if any; the others had not started."""
+        scheduler = lease.scheduler
+        scheduler.remove(lease)
+        tasks = list(lease.inflight.values())
+        if tasks:
+            head = tasks.pop(0)
+            if head.cancelled:
+                self.end(head)
+                self.packer.fail(head, TaskCancelledError(TaskID(head.id)))
+            elif head.retries_left == 0:
+                self.end(head)
+                self.packer.fail(head, WorkerCrashedError(text))
+            else:
+                self.retry(head)
+        self.requeue(scheduler, tasks)
+
+    def on_node_died(self, node: int, text: str) -> None:
+        for lease in list(self.leases.values()):
+            if node_of(lease.raylet) == node:
+                self.lease_lost(lease, text)
+        for request_id, scheduler in list(self.by_request.items()):
+            request = scheduler.requests.get(request_id)
+            if request is not None and request[0] == node:
+                scheduler.forget(request_id)
+                scheduler.pump()
+
+    def tick(self, now: float) -> bool:
+        """Timers; True while there is anything to time."""
+        for scheduler in self.schedulers.values():
+            scheduler.tick(now)
+        return bool(self.leases or self.by_request)
+
+    def starved(self) -> bool:
+        """Whether tasks wait for a worker; then a blocked process should say so at once."""
+        return bool(self.by_request)
+
+    # -------------------------------------------------------------- cancelling
+
+    def cancel(self, task: Task, force: bool, recursive: bool) -> None:
+        if task.cancelled or task.id not in self.tasks:
+            return
+        task.cancelled = True
+        task.retries_left = 0
+        lease = task.lane
+        if lease is not None:
+            self.client.send(lease.worker, CancelTask(task.id, task.attempt, force, recursive))
+            return
+        scheduler = self.schedulers.get(task.template.shape_key)
+        if scheduler is not None and task in scheduler.queue:
+            scheduler.queue.remove(task)
+        self.end(task)
+        self.packer.fail(task, TaskCancelledError(TaskID(task.id)))
+
+

@@ -1,0 +1,86 @@
+"""What a session is made with: the fixed description of a node, and the settings that a site or user may change.
+
+Nothing below reads the environment on its own: ``Settings.from_environment`` is called once where a session is made, and
+the result travels to every process of it.
+"""
+
+from __future__ import annotations
+
+import os
+from typing import Any
+
+import msgspec
+
+from hpc_ray.exceptions import ConfigurationError
+
+ENVIRONMENT_PREFIX = "HPC_RAY_"
+
+
+class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """Tunables. Each can be set by ``HPC_RAY_<NAME>`` or ``init(_system_config={...})``."""
+
+    inline_bytes: int = 64 * 1024  # results and arguments up to this size travel in messages
+    ring_bytes: int = 64 * 1024  # memory of one lane between two processes
+    max_processes: int = 1024  # lanes per node
+    lease_idle_s: float = 0.02  # an owner keeps an idle worker this long
+    pipeline_s: float = 0.002  # work sent ahead to one worker, at the task's usual run time
+    pipeline_tasks: int = 256  # and at most this many tasks
+    idle_worker_s: float = 60.0  # idle workers beyond the number of CPUs end after this
+    prestart_workers: int = -1  # -1: as many as CPUs, at most 8
+    report_interval_s: float = 0.1  # resource reports to the GCS
+    start_timeout_s: float = 60.0  # for nodes and workers to come up
+    log_to_driver: bool = True
+    kill_on_exit_s: float = 2.0  # grace between an orderly end and SIGKILL
+
+    @classmethod
+    def from_environment(cls, overrides: dict[str, Any] | None = None) -> Settings:
+        """Defaults, then ``HPC_RAY_*``, then ``overrides``.
+
+        Raises:
+            ConfigurationError: a value has the wrong type, or an override has no such name.
+        """
+        values: dict[str, Any] = {}
+        for field in msgspec.structs.fields(cls):
+            text = os.environ.get(ENVIRONMENT_PREFIX + field.name.upper())
+            if text is not None:
+                values[field.name] = text
+        values.update(overrides or {})
+        try:
+            return msgspec.convert(values, cls, strict=False)
+        except msgspec.ValidationError as error:
+            known = ", ".join(field.name for field in msgspec.structs.fields(cls))
+            raise ConfigurationError(f"bad setting: {error}. The settings are: {known}") from None
+
+
+class NodeConfig(msgspec.Struct, frozen=True, kw_only=True):
+    """One node of a session, as its fork server, raylet and workers see it. Sent as JSON."""
+
+    session: str  # unique: uid, job and step where there is a scheduler, start time and random part
+    session_dir: str  # node-local folder, mode 0700, removed at the end
+    node: int  # index in the session; 0 has the GCS
+    node_id: str  # 28 bytes, hexadecimal
+    hostname: str
+    ip: str
+    resources: dict[str, float]  # CPU, GPU, memory, object_store_memory, node:IP and custom ones
+    labels: dict[str, str] = {}
+    arena_bytes: int
+    nodes: int = 1  # how many nodes the launcher promised
+    has_link: bool = False
+    settings: Settings = Settings()
+    environment: dict[str, str] = {}  # variables for workers, above the inherited ones
+    python_path: list[str] = []  # the driver's sys.path, for workers
+    working_dir: str = ""
+    journal: str = ""  # SQLite file of the GCS; "" = in memory
+
+    @property
+    def socket_name(self) -> str:
+        """Abstract Unix socket of the node's fork server: no file, gone with its owner."""
+        return f"\0hpc_ray/{os.getuid()}/{self.session}/{self.node}"
+
+
+def encode_config(config: NodeConfig) -> str:
+    return msgspec.json.encode(config).decode()
+
+
+def decode_config(text: str) -> NodeConfig:
+    return msgspec.json.decode(text, type=NodeConfig)

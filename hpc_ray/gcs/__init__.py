@@ -1,0 +1,1 @@
+"""The GCS: one per session, keeps nodes, jobs, actors, placement groups and keys."""

@@ -1,0 +1,265 @@
+"""The options of remote functions and actors: which there are, what is right, and what they mean for a lease.
+
+One table per kind; ``check`` refuses what is unknown or wrong before anything is sent. Names and defaults are Ray's.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from typing import Any
+
+from hpc_ray.client import context
+from hpc_ray.protocol import UNIT, Resources, Shape, Strategy
+from hpc_ray.util.scheduling_strategies import (
+    NodeAffinitySchedulingStrategy,
+    NodeLabelSchedulingStrategy,
+    PlacementGroupSchedulingStrategy,
+)
+
+Check = Callable[[str, Any], None]
+
+
+def _number(name: str, value: Any) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name} must be a number, not {type(value).__name__}")
+    if value != value or value == float("inf"):
+        raise ValueError(f"{name} must be finite, it is {value}")
+    if value < 0:
+        raise ValueError(f"{name} must not be negative, it is {value}")
+    if value and round(value * UNIT) == 0:
+        raise ValueError(f"{name}={value} is finer than the smallest amount, {1 / UNIT}")
+
+
+def _optional(check: Check) -> Check:
+    return lambda name, value: None if value is None else check(name, value)
+
+
+def _typed(kind: type | tuple, what: str) -> Check:
+    def check(name: str, value: Any) -> None:
+        if not isinstance(value, kind):
+            raise TypeError(f"{name} must be {what}, not {type(value).__name__}")
+
+    return check
+
+
+def _integer(least: int, also: tuple = ()) -> Check:
+    def check(name: str, value: Any) -> None:
+        if isinstance(value, bool) or not isinstance(value, int):
+            raise TypeError(f"{name} must be an integer, not {type(value).__name__}")
+        if value < least and value not in also:
+            extra = "".join(f" or {item}" for item in also)
+            raise ValueError(f"{name} must be at least {least}{extra}, it is {value}")
+
+    return check
+
+
+def _resources(name: str, value: Any) -> None:
+    if not isinstance(value, dict):
+        raise TypeError(f"{name} must be a dict of names and amounts, not {type(value).__name__}")
+    for key, amount in value.items():
+        if key in ("CPU", "GPU", "memory", "object_store_memory"):
+            word = {"CPU": "num_cpus", "GPU": "num_gpus"}.get(key, key)
+            raise ValueError(f"use {word}=... instead of {name}={{{key!r}: ...}}")
+        _number(f"{name}[{key!r}]", amount)
+
+
+def _returns(name: str, value: Any) -> None:
+    if isinstance(value, str):
+        if value not in ("dynamic", "streaming"):
+            raise TypeError(f'{name} must be an integer, "dynamic" or "streaming", not {value!r}')
+    else:
+        _integer(0)(name, value)
+
+
+def _retry_exceptions(name: str, value: Any) -> None:
+    if isinstance(value, bool):
+        return
+    if not isinstance(value, (list, tuple)):
+        raise TypeError(f"{name} must be a bool or a list of exception classes, not {type(value).__name__}")
+    for item in value:
+        if not (isinstance(item, type) and issubclass(item, BaseException)):
+            raise ValueError(f"{name} must hold exception classes; {item!r} is none")
+
+
+def _strategy(name: str, value: Any) -> None:
+    kinds = (PlacementGroupSchedulingStrategy, NodeAffinitySchedulingStrategy, NodeLabelSchedulingStrategy)
+    if isinstance(value, str):
+        if value not in ("DEFAULT", "SPREAD"):
+            raise ValueError(f'{name} must be "DEFAULT", "SPREAD" or a strategy object, not {value!r}')
+    elif value is not None and not isinstance(value, kinds):
+        raise TypeError(f'{name} must be "DEFAULT", "SPREAD" or a strategy object, not {type(value).__name__}')
+
+
+def _lifetime(name: str, value: Any) -> None:
+    if value not in (None, "detached", "non_detached"):
+        raise ValueError(f'{name} must be None, "detached" or "non_detached", not {value!r}')
+
+
+def _name(name: str, value: Any) -> None:
+    if not isinstance(value, str):
+        raise TypeError(f"{name} must be a str, not {type(value).__name__}")
+    if value == "":
+        raise ValueError(f"{name} must not be empty")
+
+
+def _groups(name: str, value: Any) -> None:
+    if not isinstance(value, dict):
+        raise TypeError(f"{name} must be a dict of names and thread counts, not {type(value).__name__}")
+    for key, count in value.items():
+        _integer(1)(f"{name}[{key!r}]", count)
+
+
+_COMMON: dict[str, Check] = {
+    "num_cpus": _optional(_number),
+    "num_gpus": _optional(_number),
+    "memory": _optional(_number),
+    "object_store_memory": _optional(_number),
+    "resources": _optional(_resources),
+    "accelerator_type": _optional(_typed(str, "a str")),
+    "runtime_env": _optional(_typed(dict, "a dict or RuntimeEnv")),
+    "scheduling_strategy": _strategy,
+    "label_selector": _optional(_typed(dict, "a dict of labels")),
+    "name": _optional(_name),
+    "_metadata": _optional(_typed(dict, "a dict")),
+    "enable_task_events": _typed(bool, "a bool"),
+}
+_TASK: dict[str, Check] = {
+    **_COMMON,
+    "num_returns": _optional(_returns),
+    "max_retries": _optional(_integer(0, (-1,))),
+    "retry_exceptions": _optional(_retry_exceptions),
+    "max_calls": _optional(_integer(0)),
+    "_generator_backpressure_num_objects": _optional(_integer(1, (-1,))),
+}
+_ACTOR: dict[str, Check] = {
+    **_COMMON,
+    "namespace": _optional(_name),
+    "lifetime": _lifetime,
+    "get_if_exists": _typed(bool, "a bool"),
+    "max_restarts": _optional(_integer(0, (-1,))),
+    "max_task_retries": _optional(_integer(0, (-1,))),
+    "max_concurrency": _optional(_integer(1)),
+    "max_pending_calls": _optional(_integer(1, (-1,))),
+    "concurrency_groups": _optional(_groups),
+    "allow_out_of_order_execution": _optional(_typed(bool, "a bool")),
+}
+METHOD_OPTIONS: dict[str, Check] = {
+    "num_returns": _optional(_returns),
+    "concurrency_group": _optional(_typed(str, "a str")),
+    "max_task_retries": _optional(_integer(0, (-1,))),
+    "retry_exceptions": _optional(_retry_exceptions),
+    "name": _optional(_name),
+    "enable_task_events": _typed(bool, "a bool"),
+    "_generator_backpressure_num_objects": _optional(_integer(1, (-1,))),
+}
+
+
+def _check(kind: str, table: dict[str, Check], options: dict[str, Any]) -> None:
+    for name, value in options.items():
+        check = table.get(name)
+        if check is None:
+            raise ValueError(f"Invalid option keyword {name} for {kind}. Valid ones are {sorted(n for n in table if n[0] != '_')}.")
+        check(name, value)
+
+
+def check_task(options: dict[str, Any]) -> None:
+    """Raises TypeError or ValueError for options that a remote function cannot have."""
+    _check("remote functions", _TASK, options)
+    _check_gpus(options)
+
+
+def check_actor(options: dict[str, Any]) -> None:
+    """Raises TypeError or ValueError for options that an actor cannot have."""
+    _check("actors", _ACTOR, options)
+    _check_gpus(options)
+    if options.get("get_if_exists") and not options.get("name"):
+        raise ValueError("get_if_exists needs a name to look for: give the actor a name")
+
+
+def check_method(options: dict[str, Any]) -> None:
+    """Raises TypeError or ValueError for options that an actor's method cannot have."""
+    _check("actor methods", METHOD_OPTIONS, options)
+
+
+def _check_gpus(options: dict[str, Any]) -> None:
+    gpus = options.get("num_gpus")
+    if gpus and gpus > 1 and gpus != int(gpus):
+        raise ValueError(f"num_gpus above 1 must be whole, it is {gpus}")
+
+
+def amounts(options: dict[str, Any], default_cpus: float) -> Resources:
+    """What the options ask for, in fixed-point units."""
+    cpus = options.get("num_cpus")
+    wanted = {"CPU": default_cpus if cpus is None else cpus, "GPU": options.get("num_gpus") or 0}
+    for name in ("memory", "object_store_memory"):
+        if options.get(name):
+            wanted[name] = options[name]
+    wanted.update(options.get("resources") or {})
+    if options.get("accelerator_type"):
+        wanted[f"accelerator_type:{options['accelerator_type']}"] = 0.001
+    return {name: round(amount * UNIT) for name, amount in wanted.items() if amount}
+
+
+def strategy_of(options: dict[str, Any]) -> tuple[Strategy, PlacementGroupSchedulingStrategy | None]:
+    value = options.get("scheduling_strategy")
+    if isinstance(value, PlacementGroupSchedulingStrategy):
+        return Strategy(), value
+    if isinstance(value, NodeAffinitySchedulingStrategy):
+        return Strategy("NODE", bytes.fromhex(value.node_id), value.soft), None
+    if isinstance(value, NodeLabelSchedulingStrategy):
+        return Strategy("LABELS", hard_labels=value.describe(value.hard), soft_labels=value.describe(value.soft)), None
+    selector = options.get("label_selector")
+    if selector:
+        return Strategy("LABELS", hard_labels={key: _selector(text) for key, text in selector.items()}), None
+    return Strategy(value or "DEFAULT"), None
+
+
+def _selector(text: str) -> list[Any]:
+    """Ray's label selector: ``value``, ``!value``, ``in(a, b)``, ``!in(a, b)`` → [operator, values]."""
+    negated = text.startswith("!")
+    body = text[1:] if negated else text
+    if body.startswith("in(") and body.endswith(")"):
+        values = [item.strip() for item in body[3:-1].split(",")]
+    else:
+        values = [body]
+    return ["not_in" if negated else "in", values]
+
+
+def in_bundle(resources: Resources, group_id: bytes, bundle: int) -> Resources:
+    """The names under which a placement group's resources are known to raylets."""
+    suffix = f"group_{group_id.hex()}" if bundle < 0 else f"group_{bundle}_{group_id.hex()}"
+    named = {f"{name}_{suffix}": amount for name, amount in resources.items()}
+    named[f"bundle_{suffix}"] = 1  # 0.0001: whoever asks for nothing else still needs the bundle
+    return named
+
+
+def shape_of(resources: Resources, options: dict[str, Any], job_id: bytes) -> Shape:
+    """The lease that a task or actor with these options needs."""
+    strategy, group = strategy_of(options)
+    environment = options.get("runtime_env")
+    text = json.dumps(dict(environment), sort_keys=True) if environment else ""
+    if options.get("scheduling_strategy") is None:
+        parent = _captured()
+        if parent is not None:  # its children stay in its placement group
+            return Shape(in_bundle(resources, parent.group_id, -1), job_id, strategy, text, parent.group_id, -1, True)
+    if group is None or group.placement_group is None or group.placement_group.is_empty:
+        return Shape(resources, job_id, strategy, text)
+    placed = group.placement_group
+    bundle = group.placement_group_bundle_index
+    if not -1 <= bundle < placed.bundle_count:
+        raise ValueError(f"placement_group_bundle_index is {bundle}; the group has bundles 0 to {placed.bundle_count - 1}, or -1 for any")
+    bundles = placed.bundle_specs if bundle < 0 else [placed.bundle_specs[bundle]]
+    if not any(all(one.get(name, 0) * UNIT >= amount for name, amount in resources.items()) for one in bundles):
+        wanted = {name: amount / UNIT for name, amount in resources.items()}
+        raise ValueError(f"{wanted} does not fit into any bundle that it may use: {bundles}")
+    group_id = placed.id.binary()
+    capture = bool(group.placement_group_capture_child_tasks)
+    return Shape(in_bundle(resources, group_id, bundle), job_id, strategy, text, group_id, bundle, capture)
+
+
+def _captured() -> Shape | None:
+    """The shape of the calling task or actor, if what it starts shall stay in its placement group."""
+    task = context.task.get()
+    shape = context.actor.spec.shape if context.actor is not None else task.shape if task is not None else None
+    return shape if shape is not None and shape.group_id and shape.capture_children else None

@@ -1,0 +1,1 @@
+"""The raylet: one per node, keeps its resources, workers, leases and copies of objects."""

@@ -1,0 +1,94 @@
+"""What a raylet's server does besides sending, and the facts it hands back. Messages are in ``protocol``.
+
+Each action with an answer names the event that answers it; the server hands that in before it takes the next message.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import msgspec
+
+from hpc_ray.machine import Action
+
+# ------------------------------------------------------------------ actions
+
+
+class AskForkServer(Action, frozen=True, gc=False):
+    """Write the message (StartWorker, KillProcess, FollowLogs) to the fork server's socket."""
+
+    message: Any
+
+
+class MarkDead(Action, frozen=True, gc=False):
+    """From now on nothing can be sent to this local address."""
+
+    address: int
+
+
+class Reclaim(Action, frozen=True, gc=False):
+    """Free what the dead process held. Answer: Reclaimed."""
+
+    address: int
+
+
+class DeleteObject(Action, frozen=True, gc=False):
+    """Remove an object of the arena; readers keep their pins."""
+
+    handle: int
+
+
+class DeleteOwned(Action, frozen=True, gc=False):
+    """Remove the copies of objects whose owner, of another node, is gone; lane 0xFFFF: all of that node."""
+
+    owner: int
+
+
+class AllocateCopy(Action, frozen=True, gc=False):
+    """Make room for a copy. Answer: CopyAllocated."""
+
+    transfer_id: int
+    object_id: bytes
+    size: int
+
+
+class SealCopy(Action, frozen=True, gc=False):
+    """The bytes are complete."""
+
+    handle: int
+
+
+class AbortCopy(Action, frozen=True, gc=False):
+    """The bytes will not come; give the room back."""
+
+    handle: int
+
+
+class FindCopy(Action, frozen=True, gc=False):
+    """Is there a sealed object with this handle and id? Answer: CopyFound."""
+
+    object_id: bytes
+    handle: int
+
+
+# ------------------------------------------------------------------ events
+
+
+class Reclaimed(msgspec.Struct, frozen=True, tag=1101, array_like=True, gc=False):
+    """Objects that the dead process had sealed and nobody had claimed: [object id, handle, owner]."""
+
+    address: int
+    objects: list[tuple[bytes, int, int]]
+
+
+class CopyAllocated(msgspec.Struct, frozen=True, tag=1102, array_like=True, gc=False):
+    """``handle`` 0: the arena is full."""
+
+    transfer_id: int
+    handle: int
+
+
+class CopyFound(msgspec.Struct, frozen=True, tag=1103, array_like=True, gc=False):
+    object_id: bytes
+    handle: int
+    present: bool

@@ -1,0 +1,138 @@
+"""The raylet's process: performs what ``raylet.state`` decides. Started by the launcher, one on each node."""
+
+from __future__ import annotations
+
+import os
+import socket
+import sys
+from collections.abc import Callable
+from typing import Any
+
+from hpc_ray._core import Lane, Segment, Store
+from hpc_ray.config import NodeConfig
+from hpc_ray.ids import RAYLET_LANE, node_of, owner_of
+from hpc_ray.protocol import ProcessExited, encode
+from hpc_ray.raylet.events import (
+    AbortCopy,
+    AllocateCopy,
+    AskForkServer,
+    CopyAllocated,
+    CopyFound,
+    DeleteObject,
+    DeleteOwned,
+    FindCopy,
+    MarkDead,
+    Reclaim,
+    Reclaimed,
+    SealCopy,
+)
+from hpc_ray.raylet.state import WHOLE_NODE, RayletState
+from hpc_ray.serving import Server
+from hpc_ray.version import __version__
+
+
+def main(segment: Segment, config: NodeConfig, fork_server: socket.socket) -> None:
+    """Serve until the node ends. Blocks; leaves by SystemExit."""
+    lane = segment.open_lane(RAYLET_LANE)
+    state = RayletState(config, pid=os.getpid(), build=__version__)
+    code = RayletServer(state, segment, lane, Store(segment, lane), fork_server).run()
+    lane.close()
+    raise SystemExit(code)
+
+
+class RayletServer(Server):
+    """Knows the segment, the store and the fork server's socket."""
+
+    def __init__(self, state: RayletState, segment: Segment, lane: Lane, store: Store, fork_server: socket.socket):
+        performers: dict[type, Callable[[Any], Any]] = {
+            AskForkServer: lambda action: self._ask_fork_server(action.message),
+            MarkDead: self._mark_dead,
+            Reclaim: lambda action: Reclaimed(action.address, segment.reclaim(action.address)),
+            DeleteObject: self._delete,
+            DeleteOwned: self._delete_owned,
+            AllocateCopy: self._allocate,
+            SealCopy: self._seal,
+            AbortCopy: self._abort,
+            FindCopy: self._find,
+        }
+        super().__init__(state, lane, performers=performers)
+        self.segment = segment
+        self.store = store
+        self.fork_server = fork_server
+        fork_server.setblocking(True)  # one that does not read is one that ends the node
+        self._lane = lane
+        self._silent: list[int] = []
+        self._raylet = state
+
+    def arrange(self, batch: list[tuple[int, bytes]]) -> list[tuple[int, Any]]:
+        """Deaths last, each after all that its subject had sent (PROTO-3)."""
+        messages = super().arrange(batch)
+        exits = [(source, event) for source, event in messages if isinstance(event, ProcessExited)]
+        if not exits:
+            return messages
+        messages = [(source, event) for source, event in messages if not isinstance(event, ProcessExited)]
+        for source, event in exits:
+            for address in self._addresses(event):
+                for data in self._lane.receive_from(address):
+                    message = self.decode(address, data)
+                    if message is not None:
+                        messages.append((address, message))
+            messages.append((source, event))
+        return messages
+
+    def step(self) -> None:
+        super().step()
+        if self._silent:
+            self._bury_silent()
+
+    def _bury_silent(self) -> None:
+        """Lanes of processes that died before they said a word; the state has never heard of them."""
+        for address in self._silent:
+            if not self._raylet.knows(address):
+                self.segment.mark_dead(address)
+                self.segment.reclaim(address)
+        self._silent.clear()
+
+    def _addresses(self, event: ProcessExited) -> list[int]:
+        if event.address:
+            return [event.address]
+        addresses = [address for address, _, pid in self.segment.lanes() if pid == event.pid]
+        self._silent += addresses
+        return addresses
+
+    def _ask_fork_server(self, message: Any) -> None:
+        try:
+            self.fork_server.send(encode(message))
+        except OSError as error:  # it is the supervisor: gone, it takes the node with it
+            print(f"the fork server is gone: {error}", file=sys.stderr)
+
+    def _mark_dead(self, action: MarkDead) -> None:
+        self.segment.mark_dead(action.address)
+
+    def _delete(self, action: DeleteObject) -> None:
+        self.store.delete(action.handle)
+
+    def _delete_owned(self, action: DeleteOwned) -> None:
+        whole = action.owner & WHOLE_NODE == WHOLE_NODE
+        for _, handle, _, owner, _, sealed, _ in self.store.list_objects():
+            if sealed and (node_of(owner) == node_of(action.owner) if whole else owner == action.owner):
+                self.store.delete(handle)
+
+    def _allocate(self, action: AllocateCopy) -> CopyAllocated:
+        try:
+            handle = self.store.create(action.object_id, action.size, owner_of(action.object_id))
+        except MemoryError:
+            handle = 0
+        return CopyAllocated(action.transfer_id, handle)
+
+    def _seal(self, action: SealCopy) -> None:
+        self.store.seal(action.handle)
+        self.store.claim(action.handle)
+
+    def _abort(self, action: AbortCopy) -> None:
+        self.store.abort(action.handle)
+
+    def _find(self, action: FindCopy) -> CopyFound:
+        found = self.store.info(action.handle)
+        present = found is not None and found[0] == action.object_id and found[3]
+        return CopyFound(action.object_id, action.handle, present)

@@ -1,0 +1,290 @@
+"""Runtime environments: what the processes of a task, an actor or a program shall find. Here they are checked, not made.
+
+Relied on by programs, which may as well give a plain dict, and by whoever makes the environments.
+"""
+
+from __future__ import annotations
+
+import json
+import pathlib
+from collections.abc import Callable
+from typing import Any
+
+DEFAULT_TIMEOUT_S = 600
+
+
+class RuntimeEnvConfig(dict):
+    """How an environment is made.
+
+    Args:
+        setup_timeout_seconds: how long it may take; -1: as long as it takes.
+        eager_install: make it when the program starts, not when the first task needs it.
+        log_files: for compatibility.
+
+    Raises:
+        TypeError, ValueError: a value that cannot be.
+    """
+
+    def __init__(
+        self, setup_timeout_seconds: int = DEFAULT_TIMEOUT_S, eager_install: bool = True, log_files: list[str] | None = None
+    ):
+        super().__init__()
+        if not isinstance(setup_timeout_seconds, int):
+            raise TypeError(f"setup_timeout_seconds must be of type int, got: {type(setup_timeout_seconds)}")
+        if setup_timeout_seconds <= 0 and setup_timeout_seconds != -1:
+            raise ValueError(f"setup_timeout_seconds must be greater than zero or equals to -1, got: {setup_timeout_seconds}")
+        if not isinstance(eager_install, bool):
+            raise TypeError(f"eager_install must be a boolean. got {type(eager_install)}")
+        if log_files is not None and not (isinstance(log_files, list) and all(isinstance(file, str) for file in log_files)):
+            raise TypeError(f"log_files must be a list of strings or None, got {log_files} with type {type(log_files)}.")
+        self.update(setup_timeout_seconds=setup_timeout_seconds, eager_install=eager_install, log_files=log_files or [])
+
+    @staticmethod
+    def parse_and_validate_runtime_env_config(config: dict[str, Any]) -> RuntimeEnvConfig:
+        """From a dict; what is one already stays as it is."""
+        if isinstance(config, RuntimeEnvConfig):
+            return config
+        if not isinstance(config, dict):
+            raise TypeError(f"runtime_env['config'] must be of type dict or RuntimeEnvConfig, got: {type(config)}")
+        unknown = sorted(set(config) - {"setup_timeout_seconds", "eager_install", "log_files"})
+        if unknown:
+            raise ValueError(f"runtime_env['config'] does not know {', '.join(unknown)}")
+        return RuntimeEnvConfig(**config)
+
+    @classmethod
+    def default_config(cls) -> RuntimeEnvConfig:
+        return cls()
+
+    def to_dict(self) -> dict[str, Any]:
+        return dict(self)
+
+
+def _is_remote(path: str) -> bool:
+    return "://" in path
+
+
+def _check_working_dir(value: Any) -> str:
+    if not isinstance(value, (str, pathlib.Path)):
+        raise TypeError(f"`working_dir` must be a string, got {type(value)}.")
+    path = str(value)
+    if not _is_remote(path) and not pathlib.Path(path).expanduser().exists():
+        raise ValueError(f"{path} is not a valid path.")
+    return path
+
+
+def _check_py_modules(value: Any) -> list[Any]:
+    if not isinstance(value, list):
+        raise TypeError(f"`py_modules` must be a list of strings, got {type(value)}.")
+    for item in value:
+        if isinstance(item, str) and not _is_remote(item) and not pathlib.Path(item).expanduser().exists():
+            raise ValueError(f"{item} is not a valid path.")
+    return value
+
+
+def _check_env_vars(value: Any) -> dict[str, str]:
+    if not isinstance(value, dict):
+        raise TypeError(f"runtime_env['env_vars'] must be of type Dict[str, str], got {type(value)}")
+    for key, text in value.items():
+        if not isinstance(key, str):
+            raise TypeError(f"runtime_env['env_vars'] must be of type Dict[str, str], but the key {key} is of type {type(key)}")
+        if not isinstance(text, str):
+            raise TypeError(
+                f"runtime_env['env_vars'] must be of type Dict[str, str], but the value {text} is of type {type(text)}"
+            )
+    return value
+
+
+def _packages(kind: str, value: Any) -> dict[str, Any]:
+    """What ``pip`` and ``uv`` may be: a list of requirements, a file of them, or a dict with ``packages``."""
+    check = f"{kind}_check"
+    if isinstance(value, str):
+        return {"packages": _requirements(value), check: False}
+    if isinstance(value, list) and all(isinstance(item, str) for item in value):
+        return {"packages": list(dict.fromkeys(value)), check: False}
+    if not isinstance(value, dict):
+        raise TypeError(f"runtime_env['{kind}'] must be of type str or List[str], got {type(value)}")
+    if "packages" not in value:
+        raise ValueError(f"runtime_env['{kind}'] must include field 'packages', but got {value}")
+    found = {check: False, **value}
+    if isinstance(value["packages"], str):
+        found["packages"] = _requirements(value["packages"])
+    elif not isinstance(value["packages"], list):
+        raise ValueError(f"runtime_env['{kind}']['packages'] must be of type str or list, got {type(value['packages'])}")
+    if not isinstance(found[check], bool):
+        raise TypeError(f"runtime_env['{kind}']['{check}'] must be of type bool, got {type(found[check])}")
+    return found
+
+
+def _requirements(path: str) -> list[str]:
+    file = pathlib.Path(path)
+    if not file.is_file():
+        raise ValueError(f"{path} is not a valid file")
+    return [line.strip() for line in file.read_text().splitlines() if line.strip()]
+
+
+def _check_conda(value: Any) -> Any:
+    if not isinstance(value, (str, dict)):
+        raise TypeError(f"runtime_env['conda'] must be of type str or dict, got {type(value)}.")
+    if isinstance(value, str) and value.endswith((".yaml", ".yml")) and not pathlib.Path(value).is_file():
+        raise ValueError(f"Can't find conda YAML file {value}.")
+    return value
+
+
+def _check_strings(name: str) -> Callable[[Any], Any]:
+    def check(value: Any) -> Any:
+        if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
+            raise TypeError(f"runtime_env['{name}'] must be a list of strings, got {type(value)}")
+        return value
+
+    return check
+
+
+_CHECKS: dict[str, Callable[[Any], Any]] = {
+    "working_dir": _check_working_dir,
+    "py_modules": _check_py_modules,
+    "env_vars": _check_env_vars,
+    "pip": lambda value: _packages("pip", value),
+    "uv": lambda value: _packages("uv", value),
+    "conda": _check_conda,
+    "excludes": _check_strings("excludes"),
+    "config": RuntimeEnvConfig.parse_and_validate_runtime_env_config,
+}
+
+
+class RuntimeEnv(dict):
+    """A runtime environment: a dict that was checked. Fields that are not given are not in it.
+
+    Args:
+        py_modules, working_dir: folders for the import path, and to run in.
+        pip, uv, conda: packages; one of the three.
+        env_vars: environment variables.
+        worker_process_setup_hook: called in each worker first.
+        py_executable: what to start workers with.
+        config: how to make it, see ``RuntimeEnvConfig``.
+
+    Raises:
+        TypeError, ValueError: a field that cannot be, or two that exclude each other.
+    """
+
+    def __init__(
+        self,
+        *,
+        py_modules: list[str] | None = None,
+        py_executable: str | None = None,
+        working_dir: str | None = None,
+        pip: Any = None,
+        conda: dict[str, Any] | str | None = None,
+        container: dict[str, Any] | None = None,
+        env_vars: dict[str, str] | None = None,
+        worker_process_setup_hook: Callable | str | None = None,
+        nsight: dict[str, str] | str | None = None,
+        rocprof_sys: Any = None,
+        config: dict[str, Any] | None = None,
+        _validate: bool = True,
+        image_uri: str | None = None,
+        uv: Any = None,
+        **kwargs: Any,
+    ):
+        super().__init__()
+        fields = {
+            "py_modules": py_modules,
+            "py_executable": py_executable,
+            "working_dir": working_dir,
+            "pip": pip,
+            "uv": uv,
+            "conda": conda,
+            "_nsight": nsight,
+            "_rocprof_sys": rocprof_sys,
+            "container": container,
+            "env_vars": env_vars,
+            "worker_process_setup_hook": worker_process_setup_hook,
+            "config": config,
+            "image_uri": image_uri,
+            **kwargs,
+        }
+        given = {name: value for name, value in fields.items() if value is not None}
+        installers = [name for name in ("pip", "conda", "uv") if name in given]
+        if len(installers) > 1:
+            raise ValueError(
+                f"The fields {' and '.join(installers)} of runtime_env cannot be given at the same time. To use pip packages "
+                "with conda, name them among the dependencies of the conda environment."
+            )
+        for name in ("container", "image_uri"):
+            others = sorted(set(given) - {name, "config", "env_vars"})
+            if name in given and others:
+                raise ValueError(f"The '{name}' field of runtime_env cannot be used together with {', '.join(others)}")
+        for name, value in given.items():
+            super().__setitem__(name, self._checked(name, value) if _validate else value)
+
+    @staticmethod
+    def _checked(name: str, value: Any) -> Any:
+        check = _CHECKS.get(name)
+        return value if check is None else check(value)
+
+    def __setitem__(self, name: str, value: Any) -> None:
+        super().__setitem__(name, self._checked(name, value))
+
+    def set(self, name: str, value: Any) -> None:
+        """Set a field; raises as the constructor does."""
+        self[name] = value
+
+    def get(self, name: str, default: Any = None, data_class: Any = None) -> Any:
+        """A field, as ``data_class`` if one is given."""
+        value = super().get(name, default)
+        return value if data_class is None or value is default else data_class(**value)
+
+    @classmethod
+    def deserialize(cls, serialized_runtime_env: str) -> RuntimeEnv:
+        return cls(_validate=False, **json.loads(serialized_runtime_env))
+
+    def serialize(self) -> str:
+        """As JSON, with sorted keys."""
+        return json.dumps(dict(self), sort_keys=True)
+
+    def to_dict(self) -> dict[str, Any]:
+        return {name: list(value) if isinstance(value, list) else value for name, value in self.items()}
+
+    def __reduce__(self) -> Any:
+        return _rebuild, (dict(self),)
+
+    # -- fields by name, with an empty value for those that are not given
+
+    def working_dir(self) -> str:
+        return self.get("working_dir", "")
+
+    def has_working_dir(self) -> bool:
+        return bool(self.get("working_dir"))
+
+    def py_modules(self) -> list[str]:
+        return list(self.get("py_modules", []))
+
+    def py_executable(self) -> str | None:
+        return self.get("py_executable", None)
+
+    def env_vars(self) -> dict[str, str]:
+        return self.get("env_vars", {})
+
+    def has_conda(self) -> bool:
+        return bool(self.get("conda"))
+
+    def has_pip(self) -> bool:
+        return bool(self.get("pip"))
+
+    def has_uv(self) -> bool:
+        return bool(self.get("uv"))
+
+    def pip_config(self) -> dict[str, Any]:
+        return dict(self.get("pip", {})) if self.has_pip() else {}
+
+    def uv_config(self) -> dict[str, Any]:
+        return dict(self.get("uv", {})) if self.has_uv() else {}
+
+    def image_uri(self) -> str | None:
+        return self.get("image_uri")
+
+
+def _rebuild(fields: dict[str, Any]) -> RuntimeEnv:
+    return RuntimeEnv(_validate=False, **fields)
+
+
+__all__ = ["RuntimeEnv", "RuntimeEnvConfig"]

@@ -1,0 +1,296 @@
+"""Which node: the rules that the raylets (spillback) and the GCS (actors, placement groups) share. Pure functions.
+
+Relies on ``protocol``; called by ``raylet.state`` and ``gcs.state``, which never import one another.
+
+SCHED-1 (hard means hard): no choice ever breaks a hard label, a hard node affinity or a node's total.
+SCHED-2 (same answer): equal arguments give equal choices; ties go to the preferred node, then to the one that follows
+it by index, and so on round: so the raylets of a large session do not all spill to the same node.
+"""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Iterable, Mapping
+from typing import Any, NamedTuple
+
+from hpc_ray.protocol import NodeInfo, Resources, Strategy
+
+PACK_UNTIL = 0.5  # Ray's hybrid policy: stay local up to this utilisation, then the least used node
+_MOST_NODES = 1 << 16
+_CRITICAL = ("CPU", "memory", "object_store_memory")  # what utilisation is measured by (Ray's choice, too)
+
+
+class Verdict(enum.Enum):
+    AVAILABLE = 0  # the node has room now
+    FEASIBLE = 1  # no node has room now; this one can have
+    NOWHERE = 2  # no node of today can; another one might join
+    IMPOSSIBLE = 3  # hard affinity to a node that is dead
+
+
+class Choice(NamedTuple):
+    verdict: Verdict
+    node: int = -1
+
+
+class NodeView:
+    """A node as seen from elsewhere. ``available`` is a private copy: its holder subtracts what it sent there."""
+
+    __slots__ = ("alive", "available", "index", "labels", "node_id", "pending", "reported", "total")
+
+    def __init__(self, info: NodeInfo):
+        self.index = info.index
+        self.node_id = info.node_id
+        self.total = info.total
+        self.available = dict(info.available)
+        self.reported = info.available  # without what ``take`` has taken since
+        self.labels = info.labels
+        self.alive = info.alive
+        self.pending = info.pending
+
+    def fits(self, demand: Resources) -> bool:
+        available = self.available
+        return all(available.get(name, 0) >= amount for name, amount in demand.items() if amount)
+
+    def feasible(self, demand: Resources) -> bool:
+        total = self.total
+        return all(total.get(name, 0) >= amount for name, amount in demand.items() if amount)
+
+    def take(self, demand: Resources) -> None:
+        for name, amount in demand.items():
+            self.available[name] = self.available.get(name, 0) - amount
+
+    def forget_takes(self) -> None:
+        """Back to what the node said last: what was taken in expectation has come and gone, or was never used."""
+        self.available = dict(self.reported)
+
+    def give(self, demand: Resources) -> None:
+        for name, amount in demand.items():
+            self.available[name] = min(self.total.get(name, 0), self.available.get(name, 0) + amount)
+
+    def utilisation(self) -> float:
+        return utilisation(self.total, self.available)
+
+
+def utilisation(total: Resources, available: Resources) -> float:
+    """The share in use of the critical resource used most, 0 … 1."""
+    most = 0.0
+    for name in _CRITICAL:
+        amount = total.get(name, 0)
+        if amount:
+            most = max(most, 1.0 - available.get(name, 0) / amount)
+    return most
+
+
+# ------------------------------------------------------------------ labels
+
+
+def _condition(wanted: Any) -> tuple[str, list[str]]:
+    """From any form in use: ``["in", [...]]``, ``"v"``, ``"!v"``, ``"in(a,b)"``, ``"!in(a,b)"``."""
+    if isinstance(wanted, str):
+        negated = wanted.startswith("!")
+        text = wanted[1:] if negated else wanted
+        if text.startswith("in(") and text.endswith(")"):
+            values = [part.strip() for part in text[3:-1].split(",")]
+        else:
+            values = [text]
+        return ("notin" if negated else "in"), values
+    if isinstance(wanted, Mapping):
+        [(operator, values)] = wanted.items()
+    elif len(wanted) == 1:
+        operator, values = wanted[0], []
+    else:
+        operator, values = wanted[0], wanted[1]
+    return operator.lower().replace("_", "").replace(" ", ""), [values] if isinstance(values, str) else list(values)
+
+
+def matches(labels: Mapping[str, str], selector: Mapping[str, Any]) -> bool:
+    """Does a node with these labels satisfy every condition?"""
+    for key, wanted in selector.items():
+        operator, values = _condition(wanted)
+        present = key in labels
+        if operator == "in":
+            good = present and labels[key] in values
+        elif operator == "notin":
+            good = not present or labels[key] not in values
+        elif operator == "exists":
+            good = present
+        elif operator == "doesnotexist":
+            good = not present
+        else:
+            raise ValueError(f"unknown label operator {operator!r}; there are In, NotIn, Exists, DoesNotExist")
+        if not good:
+            return False
+    return True
+
+
+# ------------------------------------------------------------------ one demand
+
+
+def choose(
+    nodes: Iterable[NodeView], demand: Resources, strategy: Strategy, *, prefer: int = -1, turn: int = 0
+) -> Choice:
+    """Where a task or actor should go.
+
+    Args:
+        nodes: all that are known, dead ones included.
+        demand: what it needs to be placed.
+        prefer: index of the node that wins ties: the caller's own, or the owner's.
+        turn: for SPREAD, a counter of the caller.
+    """
+    candidates = [node for node in nodes if node.alive]
+    if strategy.kind == "NODE":
+        target = next((node for node in candidates if node.node_id == strategy.node_id), None)
+        if target is not None and target.feasible(demand):
+            return Choice(Verdict.AVAILABLE if target.fits(demand) else Verdict.FEASIBLE, target.index)
+        if not strategy.soft:
+            return Choice(Verdict.IMPOSSIBLE if target is None else Verdict.NOWHERE)
+    elif strategy.kind == "LABELS":
+        candidates = [node for node in candidates if matches(node.labels, strategy.hard_labels)]
+        liked = [node for node in candidates if matches(node.labels, strategy.soft_labels)]
+        if liked and strategy.soft_labels:
+            choice = _pick(liked, demand, prefer)
+            if choice.verdict is Verdict.AVAILABLE:
+                return choice
+    elif strategy.kind == "SPREAD":
+        return _spread(candidates, demand, turn)
+    return _pick(candidates, demand, prefer)
+
+
+def _pick(candidates: list[NodeView], demand: Resources, prefer: int) -> Choice:
+    """Ray's hybrid policy: below PACK_UNTIL all nodes are alike and the preferred one wins; above, the least used."""
+    best: tuple[float, int, int] | None = None
+    fallback: tuple[int, float, int, int] | None = None
+    for node in candidates:
+        if node.fits(demand):
+            used = node.utilisation()
+            key = (used if used >= PACK_UNTIL else 0.0, (node.index - prefer) % _MOST_NODES, node.index)
+            if best is None or key < best:
+                best = key
+        elif best is None and node.feasible(demand):
+            rank = (len(node.pending), node.utilisation(), (node.index - prefer) % _MOST_NODES, node.index)
+            if fallback is None or rank < fallback:
+                fallback = rank
+    if best is not None:
+        return Choice(Verdict.AVAILABLE, best[-1])
+    if fallback is not None:
+        return Choice(Verdict.FEASIBLE, fallback[-1])
+    return Choice(Verdict.NOWHERE)
+
+
+def _spread(candidates: list[NodeView], demand: Resources, turn: int) -> Choice:
+    candidates = sorted(candidates, key=lambda node: node.index)
+    for verdict, good in ((Verdict.AVAILABLE, NodeView.fits), (Verdict.FEASIBLE, NodeView.feasible)):
+        for step in range(len(candidates)):
+            node = candidates[(turn + step) % len(candidates)]
+            if good(node, demand):
+                return Choice(verdict, node.index)
+    return Choice(Verdict.NOWHERE)
+
+
+# ------------------------------------------------------------------ placement groups
+
+
+class _Room:
+    """What is still free while bundles are being laid out; works on copies."""
+
+    def __init__(
+        self,
+        views: list[NodeView],
+        bundles: Mapping[int, Resources],
+        labels: Mapping[int, Mapping[str, Any]],
+    ):
+        self.nodes = {view.index: view for view in views}
+        self._free = {view.index: dict(view.available) for view in views}
+        self._bundles = bundles
+        self._labels = labels
+
+    def fits(self, node: int, number: int) -> bool:
+        free = self._free[node]
+        wanted = self._labels.get(number)
+        if wanted and not matches(self.nodes[node].labels, wanted):
+            return False
+        return all(free.get(name, 0) >= amount for name, amount in self._bundles[number].items() if amount)
+
+    def take(self, node: int, number: int) -> None:
+        free = self._free[node]
+        for name, amount in self._bundles[number].items():
+            free[name] = free.get(name, 0) - amount
+
+    def together(self, node: int, numbers: list[int]) -> list[int]:
+        """Which of the bundles fit on the node at once; takes nothing."""
+        saved = dict(self._free[node])
+        taken = []
+        for number in numbers:
+            if self.fits(node, number):
+                self.take(node, number)
+                taken.append(number)
+        self._free[node] = saved
+        return taken
+
+
+def place_bundles(
+    nodes: Iterable[NodeView],
+    bundles: Mapping[int, Resources],
+    strategy: str,
+    *,
+    labels: Mapping[int, Mapping[str, Any]] | None = None,
+    occupied: frozenset[int] = frozenset(),
+    prefer: int = -1,
+) -> dict[int, int] | None:
+    """Bundle index → node index, or None while there is no room. Largest bundles are placed first.
+
+    Args:
+        occupied: nodes that hold other bundles of the group already (when lost ones are placed anew).
+    """
+    views = sorted((node for node in nodes if node.alive), key=lambda node: (node.index != prefer, node.index))
+    room = _Room(views, bundles, labels or {})
+    order = sorted(bundles, key=lambda number: (-sum(bundles[number].values()), number))
+    if strategy == "STRICT_PACK":
+        targets = [index for index in room.nodes if not occupied or index in occupied]
+        for index in targets:
+            if len(room.together(index, order)) == len(order):
+                return dict.fromkeys(order, index)
+        return None
+    if strategy == "PACK":
+        return _pack(room, order, occupied)
+    return _spread_bundles(room, order, occupied, strict=strategy == "STRICT_SPREAD")
+
+
+def _pack(room: _Room, order: list[int], occupied: frozenset[int]) -> dict[int, int] | None:
+    """Few nodes: fill the one that holds most of what is left, nodes of the group first, then the next."""
+    placed: dict[int, int] = {}
+    targets = sorted(room.nodes, key=lambda index: index not in occupied)  # stable: preferred first among equals
+    left = order
+    while left:
+        best: list[int] = []
+        where = -1
+        for index in targets:
+            here = room.together(index, left)
+            if len(here) > len(best):
+                best, where = here, index
+                if len(best) == len(left):
+                    break
+        if not best:
+            return None
+        for number in best:
+            room.take(where, number)
+            placed[number] = where
+        targets.remove(where)
+        left = [number for number in left if number not in placed]
+    return placed
+
+
+def _spread_bundles(room: _Room, order: list[int], occupied: frozenset[int], *, strict: bool) -> dict[int, int] | None:
+    """A node each as long as there are nodes; with ``strict`` never two on one."""
+    load = dict.fromkeys(occupied, 1)
+    used = {index: view.utilisation() for index, view in room.nodes.items()}
+    placed: dict[int, int] = {}
+    for number in order:
+        options = [index for index in room.nodes if not (strict and load.get(index, 0)) and room.fits(index, number)]
+        if not options:
+            return None
+        chosen = min(options, key=lambda index: (load.get(index, 0), used[index], index))
+        room.take(chosen, number)
+        load[chosen] = load.get(chosen, 0) + 1
+        placed[number] = chosen
+    return placed

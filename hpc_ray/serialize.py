@@ -1,0 +1,241 @@
+"""Values to bytes and back: pickle 5 with the buffers out of band, cloudpickle for what lives in ``__main__``.
+
+A stored value is one run of bytes, the same in a message and in the arena:
+
+    kind 1 byte · 3 zero · count of buffers u32 · length of the pickle u64 · length of each buffer u64 … · pickle · buffers
+
+every buffer at a multiple of ``ALIGNMENT`` from the start. Reading never copies a buffer: arrays are views on the memory that
+was read from, and read-only because that memory is.
+
+SER-1 (references are seen): every ObjectRef and actor handle that is pickled reports itself to ``note_contained`` of the
+serialisation under way, so that whoever sends the bytes can keep them alive.
+"""
+
+from __future__ import annotations
+
+import io
+import pickle
+import struct
+import threading
+import types
+from collections.abc import Callable
+from typing import Any
+
+import cloudpickle
+
+ALIGNMENT = 64
+PICKLE, BYTES = 1, 2  # kinds
+
+_HEADER = struct.Struct("<BxxxIQ")
+_LENGTH = struct.Struct("<Q")
+_PLAIN = frozenset({int, float, bool, type(None), str, complex})
+
+
+class _Session(threading.local):
+    contained: list | None = None
+
+
+_session = _Session()
+_custom: dict[type, tuple[Callable, Callable]] = {}
+
+
+def note_contained(reference: Any) -> bool:
+    """Called by a reference that is being pickled; False if nobody of ours is pickling (SER-1)."""
+    if _session.contained is None:
+        return False
+    _session.contained.append(reference)
+    return True
+
+
+def register_serializer(cls: type, *, serializer: Callable, deserializer: Callable) -> None:
+    """Use ``serializer(object) -> picklable`` and ``deserializer(picklable) -> object`` for exactly this class."""
+    _custom[cls] = (serializer, deserializer)
+
+
+def deregister_serializer(cls: type) -> None:
+    _custom.pop(cls, None)
+
+
+def _rebuild_custom(deserializer: Callable, state: Any) -> Any:
+    return deserializer(state)
+
+
+class _Pickler(cloudpickle.Pickler):  # type: ignore[misc]
+    def __init__(self, file: io.BytesIO, buffers: list):
+        super().__init__(file, protocol=5, buffer_callback=buffers.append)
+
+    def reducer_override(self, obj: Any) -> Any:
+        custom = _custom.get(type(obj))
+        if custom is not None:
+            return _rebuild_custom, (custom[1], custom[0](obj))
+        return super().reducer_override(obj)
+
+
+class Serialized:
+    """A value ready to be written: header and pickle in ``head``, then ``buffers``; ``size`` in bytes.
+
+    ``contained``: the references inside, held here until this object goes.
+    """
+
+    __slots__ = ("buffers", "contained", "head", "size")
+
+    def __init__(self, head: bytes, buffers: list[memoryview], contained: list):
+        self.head = head
+        self.buffers = buffers
+        self.contained = contained
+        size = len(head)
+        for buffer in buffers:
+            size += -size % ALIGNMENT + buffer.nbytes
+        self.size = size
+
+    def to_bytes(self) -> bytes:
+        if not self.buffers:
+            return self.head
+        out = bytearray(self.size)
+        self.write(lambda offset, data: out.__setitem__(slice(offset, offset + len(data)), data))
+        return bytes(out)
+
+    def write(self, write_at: Callable[[int, Any], None]) -> None:
+        """Calls ``write_at(offset, bytes-like)`` for each piece."""
+        write_at(0, self.head)
+        offset = len(self.head)
+        for buffer in self.buffers:
+            offset += -offset % ALIGNMENT
+            if buffer.nbytes:
+                write_at(offset, buffer)
+            offset += buffer.nbytes
+
+
+_NO_REFERENCES: list = []
+
+
+def serialize(value: Any) -> Serialized:
+    """The value as bytes.
+
+    Raises:
+        TypeError, pickle.PicklingError: it cannot be pickled; the text says which part of it (see ``explain``).
+    """
+    kind = type(value)
+    if kind in _PLAIN and kind not in _custom:
+        return Serialized(_HEADER.pack(PICKLE, 0, 0) + pickle.dumps(value, 5), [], _NO_REFERENCES)
+    if kind is bytes:
+        return Serialized(_HEADER.pack(BYTES, 1, 0) + _LENGTH.pack(len(value)), [memoryview(value)], _NO_REFERENCES)
+    outer = _session.contained
+    contained = _session.contained = []
+    buffers: list = []
+    try:
+        with io.BytesIO() as file:
+            _Pickler(file, buffers).dump(value)
+            data = file.getvalue()
+    finally:
+        _session.contained = outer
+    if not buffers:
+        return Serialized(_HEADER.pack(PICKLE, 0, 0) + data, [], contained)
+    views = [_flat(buffer) for buffer in buffers]
+    lengths = b"".join(_LENGTH.pack(view.nbytes) for view in views)
+    head = _HEADER.pack(PICKLE, len(views), len(data)) + lengths + data
+    return Serialized(head, views, contained)
+
+
+def _flat(buffer: pickle.PickleBuffer) -> memoryview:
+    return buffer.raw()
+
+
+def serialize_arguments(arguments: tuple) -> Serialized:
+    """The same for the (args, kwargs) of a call, with a short way for plain ones."""
+    args, kwargs = arguments
+    if not kwargs and not _custom:
+        for value in args:
+            kind = type(value)
+            if kind not in _PLAIN and not (kind is bytes and len(value) < 4096):
+                break
+        else:
+            return Serialized(_HEADER.pack(PICKLE, 0, 0) + pickle.dumps(arguments, 5), [], _NO_REFERENCES)
+    return serialize(arguments)
+
+
+def deserialize(data: Any) -> Any:
+    """The value in ``data`` (bytes or a buffer in the arena); arrays in it are views on ``data`` that keep it alive."""
+    view = memoryview(data)
+    kind, count, length = _HEADER.unpack_from(view)
+    if count == 0:
+        return pickle.loads(view[_HEADER.size :])
+    offset = _HEADER.size
+    lengths = [_LENGTH.unpack_from(view, offset + 8 * i)[0] for i in range(count)]
+    offset += 8 * count
+    pickled = view[offset : offset + length]
+    offset += length
+    buffers = []
+    for size in lengths:
+        offset += -offset % ALIGNMENT
+        buffers.append(view[offset : offset + size])
+        offset += size
+    if kind == BYTES:
+        return bytes(buffers[0])
+    return pickle.loads(pickled, buffers=[buffer.toreadonly() for buffer in buffers])
+
+
+def dumps(value: Any) -> bytes:
+    """A value that has no references inside and goes into a message."""
+    return serialize(value).to_bytes()
+
+
+loads = deserialize
+
+
+def explain(value: Any, name: str, depth: int = 4) -> str:
+    """Which part of a value cannot be pickled, as a path such as ``self.model.lock``; "" if none was found."""
+
+    def fails(part: Any) -> bool:
+        try:
+            serialize(part)
+        except Exception:
+            return True
+        return False
+
+    def search(part: Any, path: str, left: int, seen: set[int]) -> str:
+        if id(part) in seen or not fails(part):
+            return ""
+        seen.add(id(part))
+        if left:
+            for label, child in _parts(part):
+                found = search(child, path + label, left - 1, seen)
+                if found:
+                    return found
+        return f"{path} ({type(part).__name__}: {_short(part)})"
+
+    return search(value, name, depth, set())
+
+
+def explain_arguments(args: tuple, kwargs: dict) -> str:
+    """``explain`` for the arguments of a call: which one, and which part of it."""
+    for label, value in [*enumerate(args), *kwargs.items()]:
+        found = explain(value, f"argument {label}")
+        if found:
+            return found
+    return "the arguments together"
+
+
+def _short(value: Any) -> str:
+    try:
+        text = repr(value)
+    except Exception:
+        return "no repr"
+    return text if len(text) < 80 else text[:77] + "..."
+
+
+def _parts(value: Any) -> list[tuple[str, Any]]:
+    if isinstance(value, dict):
+        return [(f"[{key!r}]", item) for key, item in list(value.items())[:100]]
+    if isinstance(value, (list, tuple, set, frozenset)):
+        return [(f"[{i}]", item) for i, item in enumerate(list(value)[:100])]
+    if isinstance(value, types.FunctionType):
+        names = value.__code__.co_freevars
+        cells = zip(names, value.__closure__ or (), strict=False)
+        used = [(n, value.__globals__[n]) for n in value.__code__.co_names if n in value.__globals__]
+        return [(f" → closure {n}", c.cell_contents) for n, c in cells] + [
+            (f" → global {n}", item) for n, item in used if not isinstance(item, types.ModuleType)
+        ]
+    if isinstance(value, type):
+        return [(f".{n}", item) for n, item in vars(value).items() if not n.startswith("__")]
+    return [(f".{n}", item) for n, item in getattr(value, "__dict__", {}).items()]

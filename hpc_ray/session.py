@@ -1,0 +1,327 @@
+"""One session of this process: ``init``, ``shutdown``, and the connection in between."""
+
+from __future__ import annotations
+
+import atexit
+import logging
+import os
+import sys
+import threading
+import uuid
+from collections.abc import Mapping
+from typing import Any
+
+from hpc_ray.client import context
+from hpc_ray.client.client import Client
+from hpc_ray.config import Settings
+from hpc_ray.exceptions import LaunchError, LocalRayletDiedError
+from hpc_ray.ids import GCS_ADDRESS
+from hpc_ray.launcher import local
+from hpc_ray.protocol import FinishJob, FollowLogs, LogLines, ProcessKind, ProcessLeaving, RegisterJob
+from hpc_ray.version import __version__
+
+_lock = threading.RLock()
+_attachment: Any = None
+
+
+class Context(Mapping):
+    """What ``init`` connected to. Also a context manager that ends the session."""
+
+    def __init__(self, address_info: dict[str, Any]):
+        self.address_info = address_info
+        self.python_version = ".".join(map(str, sys.version_info[:3]))
+        self.ray_version = __version__
+        self.ray_commit = ""
+        self.dashboard_url = ""
+
+    def __getitem__(self, key: str) -> Any:
+        return self.address_info[key]
+
+    def __iter__(self) -> Any:
+        return iter(self.address_info)
+
+    def __len__(self) -> int:
+        return len(self.address_info)
+
+    def __enter__(self) -> Context:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.disconnect()
+
+    def disconnect(self) -> None:
+        """End the session."""
+        shutdown()
+
+    def __repr__(self) -> str:
+        return f"Context(session={self.address_info.get('session')!r}, node_id={self.address_info.get('node_id')!r})"
+
+
+def is_initialized() -> bool:
+    """Whether this process is connected to a cluster."""
+    return context.client is not None
+
+
+def init(
+    address: str | None = None,
+    *,
+    num_cpus: float | None = None,
+    num_gpus: float | None = None,
+    resources: dict[str, float] | None = None,
+    labels: dict[str, str] | None = None,
+    object_store_memory: int | None = None,
+    local_mode: bool = False,
+    ignore_reinit_error: bool = False,
+    include_dashboard: bool | None = None,
+    dashboard_host: str | None = None,
+    dashboard_port: int | None = None,
+    job_config: Any = None,
+    configure_logging: bool = True,
+    logging_level: int | str | None = None,
+    logging_format: str | None = None,
+    logging_config: Any = None,
+    log_to_driver: bool | None = None,
+    namespace: str | None = None,
+    runtime_env: dict[str, Any] | None = None,
+    enable_resource_isolation: bool = False,
+    system_reserved_cpu: float | None = None,
+    system_reserved_memory: int | None = None,
+    cgroup_path: str | None = None,
+    proxy_server_url: str | None = None,
+    **kwargs: Any,
+) -> Context:
+    """Connect to a cluster, or start one on this machine and connect to that. Blocks until the first node is up.
+
+    Args:
+        address: None starts a cluster, or joins the one that the launcher (``mpirun``, ``srun``, ``hpc-ray run``) made for
+            this program; "auto" joins a running one of this user; otherwise the name of a session.
+        num_cpus, num_gpus, resources, labels, object_store_memory (bytes): of the node; what is not given is discovered.
+        ignore_reinit_error: a second ``init`` keeps the session instead of raising.
+        configure_logging, logging_level, logging_format: of the logger "hpc_ray" in this process.
+        log_to_driver: show what workers print (default: yes).
+        namespace: of named actors; default: one of its own.
+        num_nodes (keyword): this many virtual nodes, which share nothing but MPI.
+        _system_config (keyword): settings by name, see ``config.Settings``.
+        The rest is Ray's and stands for what hpc_ray does not have; any other value than the default is refused.
+
+    Raises:
+        RuntimeError: called twice, or an option that is unknown or not offered here.
+        ValueError, TypeError, AssertionError: amounts or names that cannot be.
+        ConnectionError: there is no cluster at this address.
+        LaunchError: the cluster did not come up.
+    """
+    global _attachment
+    with _lock:
+        if context.client is not None:
+            if ignore_reinit_error:
+                logging.getLogger("hpc_ray").info("init() was called again; the session goes on as it is")
+                return Context(_address_info(context.client))
+            raise RuntimeError(
+                "Maybe you called hpc_ray.init twice by accident? This error can be suppressed by passing in "
+                "'ignore_reinit_error=True' or by calling 'hpc_ray.shutdown()' prior to 'hpc_ray.init()'."
+            )
+        num_nodes = kwargs.pop("num_nodes", None)
+        system = kwargs.pop("_system_config", None)
+        if kwargs:
+            raise RuntimeError(f"Unknown keyword argument(s): {', '.join(sorted(kwargs))}; see help(hpc_ray.init)")
+        _refuse_what_is_not_offered(
+            local_mode=local_mode,
+            include_dashboard=include_dashboard,
+            dashboard_host=dashboard_host,
+            dashboard_port=dashboard_port,
+            job_config=job_config,
+            logging_config=logging_config,
+            runtime_env=runtime_env,
+            enable_resource_isolation=enable_resource_isolation,
+            system_reserved_cpu=system_reserved_cpu,
+            system_reserved_memory=system_reserved_memory,
+            cgroup_path=cgroup_path,
+            proxy_server_url=proxy_server_url,
+        )
+        if namespace is not None and not isinstance(namespace, str):
+            raise TypeError(f"namespace must be None or a string, not {type(namespace).__name__}")
+        if namespace == "":
+            raise ValueError('"" is not a namespace; leave it out for one of its own')
+        _check_amounts(num_cpus, num_gpus, resources, object_store_memory)
+        if num_nodes is not None and (not isinstance(num_nodes, int) or num_nodes < 1):
+            raise ValueError(f"num_nodes must be a whole number from 1 on, it is {num_nodes!r}")
+        if configure_logging:
+            _configure_logging(logging_level, logging_format)
+        settings = Settings.from_environment(system)
+        given: dict[str, Any] = {
+            "num_cpus": num_cpus,
+            "num_gpus": num_gpus,
+            "resources": resources,
+            "labels": labels,
+            "object_store_memory": object_store_memory,
+        }
+        if address is None or address == "local":
+            attachment = local.start_cluster(num_nodes=num_nodes, settings=settings, build=__version__, **given)
+        else:
+            refused = [name for name, value in {**given, "num_nodes": num_nodes}.items() if value is not None]
+            if refused:
+                raise ValueError(f"When connecting to an existing cluster, {', '.join(refused)} must not be provided: it has its own.")
+            try:
+                attachment = local.attach(address, build=__version__)
+            except LaunchError as error:
+                raise ConnectionError(str(error)) from None
+        try:
+            client = _connect(attachment, namespace, settings.log_to_driver if log_to_driver is None else log_to_driver)
+        except BaseException:
+            attachment.close()
+            raise
+        _attachment = attachment
+        atexit.register(shutdown)
+        return Context(_address_info(client))
+
+
+_INSTEAD = {
+    "local_mode": "it was removed from Ray; run the function without remote() to debug it",
+    "include_dashboard": "there is no web page yet; use the state functions",
+    "dashboard_host": "there is no web page yet",
+    "dashboard_port": "there is no web page yet",
+    "job_config": "give runtime environments to tasks and actors",
+    "logging_config": "use logging_level and logging_format",
+    "runtime_env": "give it to tasks and actors by their option runtime_env",
+    "enable_resource_isolation": "the launcher (Slurm, systemd) owns the cgroups",
+    "system_reserved_cpu": "say num_cpus instead",
+    "system_reserved_memory": "say object_store_memory instead",
+    "cgroup_path": "the launcher (Slurm, systemd) owns the cgroups",
+    "proxy_server_url": "nothing is reached through a proxy: there are no ports",
+}
+
+
+def _refuse_what_is_not_offered(**options: Any) -> None:
+    for name, value in options.items():
+        if value:
+            raise RuntimeError(f"init({name}={value!r}) is not offered by hpc_ray: {_INSTEAD[name]}")
+
+
+def _check_amounts(
+    num_cpus: float | None, num_gpus: float | None, resources: dict[str, float] | None, object_store_memory: int | None
+) -> None:
+    for name, value in {"num_cpus": num_cpus, "num_gpus": num_gpus, "object_store_memory": object_store_memory}.items():
+        if value is None:
+            continue
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
+            raise TypeError(f"{name} must be a number, not {type(value).__name__}")
+        if not 0 <= value < float("inf"):
+            raise ValueError(f"{name} must be a finite number and not negative, it is {value}")
+    for name, value in (resources or {}).items():
+        assert name not in ("CPU", "GPU", "memory", "object_store_memory"), (
+            f"use {_ARGUMENT[name]}=... instead of resources={{{name!r}: ...}}"
+        )
+        if isinstance(value, bool) or not isinstance(value, (int, float)):
+            raise TypeError(f"the amount of the resource {name!r} must be a number, not {type(value).__name__}")
+        if not 0 <= value < float("inf") or value != int(value):
+            raise ValueError(f"a node's resources are whole numbers and not negative; {name!r} is {value}")
+
+
+_ARGUMENT = {"CPU": "num_cpus", "GPU": "num_gpus", "memory": "memory", "object_store_memory": "object_store_memory"}
+
+
+def _configure_logging(level: int | str | None, form: str | None) -> None:
+    logger = logging.getLogger("hpc_ray")
+    if level is not None:
+        logger.setLevel(level)
+    if form is not None:
+        handler = logging.StreamHandler()
+        handler.setFormatter(logging.Formatter(form))
+        logger.handlers[:] = [handler]
+
+
+def _connect(attachment: Any, namespace: str | None, log_to_driver: bool) -> Client:
+    config = attachment.config
+    client = Client(attachment.segment, attachment.lane, config, ProcessKind.DRIVER, attachment.worker_id, os.getpid())
+    client.adopt(attachment.welcome, attachment.early)
+    attachment.on_node_death = lambda text: client.fail(LocalRayletDiedError(f"the session is over: {text}"))
+    name = namespace or str(uuid.uuid4())
+    answer = client.request(
+        GCS_ADDRESS,
+        lambda request_id: RegisterJob(
+            request_id, client.address, os.getpid(), " ".join(sys.argv), name, {"python_path": sys.path, "working_dir": os.getcwd()}
+        ),
+        config.settings.start_timeout_s,
+    )
+    client.use_job(answer.job_id)
+    if config.nodes > 1:
+        client.query(GCS_ADDRESS, "wait_nodes", config.settings.start_timeout_s, count=config.nodes)
+    context.namespace = name
+    context.set_client(client)
+    client.interrupts.install()
+    if log_to_driver:
+        client.on_log = _print_log
+        client.send(client.raylet, FollowLogs(client.address, client.job_id, True))
+    return client
+
+
+def _print_log(message: LogLines) -> None:
+    stream = sys.stderr if message.is_error else sys.stdout
+    client = context.client
+    where = "" if client is None or client.welcome is None or message.ip == client.welcome.ip else f", ip={message.ip}"
+    who = f"{message.name} pid={message.pid}{where}" if message.pid else message.name  # the raylet speaks for itself
+    for line in message.lines:
+        print(f"({who}) {line}", file=stream)
+
+
+def _address_info(client: Client) -> dict[str, Any]:
+    welcome = client.welcome
+    assert welcome is not None
+    return {
+        "node_ip_address": welcome.ip,
+        "node_id": welcome.node_id.hex(),
+        "session": welcome.session,
+        "session_dir": welcome.session_dir,
+        "address": welcome.session,
+    }
+
+
+def shutdown(*, wait_for_processes: bool = True, _exiting_interpreter: bool = False) -> None:
+    """End this process's session; a cluster that ``init`` started ends with it. Blocks until it has. Harmless without one."""
+    global _attachment
+    with _lock:
+        client, attachment = context.client, _attachment
+        if client is None:
+            return
+        atexit.unregister(shutdown)
+        context.set_client(None)
+        _attachment = None
+        if attachment is None:
+            return  # a worker: its process ends by itself
+        attachment.on_node_death = None
+        client.interrupts.remove()
+        if client.broken is None:
+            _show_last_lines(client)
+            client.send(GCS_ADDRESS, FinishJob(client.job_id))
+            client.send(client.raylet, ProcessLeaving("shutdown"))
+            client.lane.flush()
+        client.close()
+        attachment.close()
+
+
+def _show_last_lines(client: Client) -> None:
+    """What workers printed before the results that the program has seen is shown before it ends."""
+    if client.on_log is None:
+        return
+    client.log_ended.left = max(1, client.config.nodes - len(client.dead_nodes))
+    client.send(client.raylet, FollowLogs(client.address, client.job_id, False))
+    try:
+        client.block(client.log_ended, _LAST_LINES_S)
+    except (KeyboardInterrupt, LocalRayletDiedError):
+        pass  # in a hurry, or the node is gone
+    client.run_callbacks()
+
+
+_LAST_LINES_S = 10.0
+
+
+def ensure_connected() -> Client:
+    """The client; starts a session if there is none."""
+    client = context.client
+    if client is None:
+        init()
+        client = context.client
+        assert client is not None
+    return client
+
+

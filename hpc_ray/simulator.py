@@ -1,0 +1,864 @@
+"""A whole cluster in one thread under a virtual clock: the real GCS and raylet states among modelled processes.
+
+For tests of failure without sleeping, and for the study of machines that nobody has at hand: costs are arguments.
+Relies on the two states; knows nothing of ``_core``. Workers, owners, fork servers and links are models of a page
+each.
+
+SIM-1 (deterministic): the same seed and the same calls give the same run.
+SIM-2 (order): messages of one process to another arrive in order; a death notice arrives after all its subject had
+sent (PROTO-3). Messages of different senders race, by a random latency.
+SIM-3 (at rest): ``check`` holds when nothing is under way: states validate, and owners got an answer for everything.
+"""
+
+from __future__ import annotations
+
+import heapq
+import itertools
+import random
+from collections import Counter, deque
+from collections.abc import Callable
+from typing import Any
+
+import msgspec
+
+from hpc_ray.config import NodeConfig, Settings
+from hpc_ray.gcs.journal import MemoryJournal
+from hpc_ray.gcs.state import GcsState
+from hpc_ray.ids import (
+    FORK_SERVER_LANE,
+    GCS_ADDRESS,
+    LINK_LANE,
+    IdMinter,
+    address_of,
+    node_of,
+    raylet_address,
+)
+from hpc_ray.machine import Action, Exit, Journal, Machine, Send, SetTimer, TimerFired
+from hpc_ray.protocol import (
+    UNIT,
+    ActorCreated,
+    ActorInfo,
+    ActorInitFailed,
+    ActorReady,
+    ActorSpec,
+    ActorState,
+    ActorUpdate,
+    Answer,
+    CreateActor,
+    DeathCause,
+    FinishJob,
+    InstallActor,
+    JobRegistered,
+    KillActor,
+    KillProcess,
+    LeaseContended,
+    LeaseGranted,
+    LeaseRedirected,
+    LeaseRefused,
+    LeaseRevoked,
+    NodeDied,
+    ObjectLocal,
+    ProcessDied,
+    ProcessExited,
+    ProcessKind,
+    ProcessLeaving,
+    ProcessStarted,
+    PullFailed,
+    PullObject,
+    PushTask,
+    Query,
+    RegisterJob,
+    RequestLease,
+    ResizeLeaseRequest,
+    Resources,
+    ReturnLease,
+    Shape,
+    Shutdown,
+    StartWorker,
+    Strategy,
+    TaskReply,
+    TerminateActor,
+    TransferDone,
+    TransferObject,
+    Welcome,
+    WorkerBlocked,
+    WorkerForked,
+    WorkerUnblocked,
+)
+from hpc_ray.raylet.events import (
+    AbortCopy,
+    AllocateCopy,
+    AskForkServer,
+    CopyAllocated,
+    CopyFound,
+    DeleteObject,
+    DeleteOwned,
+    FindCopy,
+    MarkDead,
+    Reclaim,
+    Reclaimed,
+    SealCopy,
+)
+from hpc_ray.raylet.state import WHOLE_NODE, RayletState
+
+
+class Costs(msgspec.Struct, frozen=True, kw_only=True):
+    """Seconds that things take. The defaults are of the order measured on the reference machine."""
+
+    lane_s: float = 10e-6  # a message on a node
+    network_s: float = 40e-6  # and one between nodes
+    jitter: float = 1.0  # latencies are drawn from once to (1 + jitter) times
+    gcs_event_s: float = 0.0  # the role is busy so long with an event
+    raylet_event_s: float = 0.0
+    fork_s: float = 0.002
+    worker_start_s: float = 0.01
+    reap_s: float = 0.0005
+    detect_s: float = 0.1  # until the GCS hears that a node is gone
+    bytes_per_s: float = 5e9
+
+
+class Process:
+    """Somebody with an address."""
+
+    def __init__(self, simulator: Simulator, address: int):
+        self.simulator = simulator
+        self.address = address
+        self.alive = True
+        simulator.processes[address] = self
+
+    def send(self, destination: int, message: Any) -> None:
+        self.simulator.post(self.address, destination, message)
+
+    def receive(self, source: int, message: Any) -> None:
+        raise NotImplementedError
+
+
+# ------------------------------------------------------------------ roles: the real states
+
+
+class Role(Process):
+    """Performs a machine's actions under the virtual clock."""
+
+    def __init__(self, simulator: Simulator, address: int, state: Machine, event_s: float):
+        super().__init__(simulator, address)
+        self.state = state
+        self.exit_code: int | None = None
+        self.events = 0
+        self._event_s = event_s
+        self._busy_until = 0.0
+        self._timers: dict[str, float] = {}
+
+    def start(self) -> None:
+        self.perform(self.state.start(self.simulator.now))
+
+    def receive(self, source: int, message: Any) -> None:
+        self.events += 1
+        if not self._event_s:
+            self.perform(self.state.handle(message, source, self.simulator.now))
+            return
+        self._busy_until = max(self._busy_until, self.simulator.now) + self._event_s
+        self.simulator.at(self._busy_until, lambda: self._work(source, message))
+
+    def _work(self, source: int, message: Any) -> None:
+        if self.alive:
+            self.perform(self.state.handle(message, source, self.simulator.now))
+
+    def perform(self, actions: list[Action]) -> None:
+        queue = deque(actions)
+        for action in actions:  # durable before anything is sent
+            if isinstance(action, Journal):
+                self.commit(action)
+        while queue:
+            action = queue.popleft()
+            if isinstance(action, Send):
+                self.send(action.destination, action.message)
+            elif isinstance(action, SetTimer):
+                self._set_timer(action.name, action.at)
+            elif isinstance(action, Exit):
+                self.exit_code = action.code
+            elif not isinstance(action, Journal):
+                event = self.do(action)
+                if event is not None:
+                    queue.extend(self.state.handle(event, 0, self.simulator.now))
+
+    def _set_timer(self, name: str, at: float) -> None:
+        self._timers[name] = at
+        self.simulator.at(at, lambda: self._fire(name, at))
+
+    def _fire(self, name: str, at: float) -> None:
+        if self.alive and self._timers.get(name) == at:
+            del self._timers[name]
+            self.perform(self.state.handle(TimerFired(name), 0, self.simulator.now))
+
+    def commit(self, record: Journal) -> None:
+        raise NotImplementedError
+
+    def do(self, action: Action) -> Any:
+        raise NotImplementedError
+
+
+class Gcs(Role):
+    def __init__(self, simulator: Simulator):
+        self.journal = MemoryJournal()
+        state = GcsState(keep_log=simulator.keep_log)
+        super().__init__(simulator, GCS_ADDRESS, state, simulator.costs.gcs_event_s)
+        self.gcs = state
+
+    def commit(self, record: Journal) -> None:
+        self.journal.commit([record])
+
+
+class Raylet(Role):
+    """With the models of its fork server, arena and link."""
+
+    def __init__(self, simulator: Simulator, config: NodeConfig):
+        state = RayletState(config, keep_log=simulator.keep_log)
+        super().__init__(simulator, raylet_address(config.node), state, simulator.costs.raylet_event_s)
+        self.raylet = state
+        self.node = config.node
+        self.arena = Arena(config.arena_bytes)
+        self.link = Link(simulator, self)
+        self._performers: dict[type, Callable[[Any], Any]] = {
+            AskForkServer: self._ask_fork_server,
+            MarkDead: lambda action: None,
+            Reclaim: lambda action: Reclaimed(action.address, []),
+            DeleteObject: lambda action: self.arena.delete(action.handle),
+            DeleteOwned: lambda action: self.arena.delete_owned(action.owner),
+            AllocateCopy: self._allocate,
+            SealCopy: lambda action: self.arena.seal(action.handle),
+            AbortCopy: lambda action: self.arena.delete(action.handle),
+            FindCopy: lambda action: CopyFound(action.object_id, action.handle, self.arena.has(action.handle)),
+        }
+
+    def do(self, action: Action) -> Any:
+        return self._performers[type(action)](action)
+
+    def _allocate(self, action: AllocateCopy) -> CopyAllocated:
+        return CopyAllocated(action.transfer_id, self.arena.create(action.object_id, action.size))
+
+    # -- the fork server
+
+    def _ask_fork_server(self, action: AskForkServer) -> None:
+        message, simulator = action.message, self.simulator
+        if isinstance(message, StartWorker):
+            simulator.after(simulator.costs.fork_s, lambda: self._fork(message))
+        elif isinstance(message, KillProcess):
+            worker = simulator.by_pid.get(message.pid)
+            if worker is not None and worker.alive:
+                simulator.after(simulator.costs.lane_s, lambda: simulator.kill(worker, message.signal))
+
+    def _fork(self, message: StartWorker) -> None:
+        if not self.alive:
+            return
+        simulator = self.simulator
+        fork_server = address_of(self.node, FORK_SERVER_LANE, 1)
+        fault = simulator.start_fault(message)
+        if fault:
+            simulator.post(fork_server, self.address, WorkerForked(message.token, 0, fault))
+            return
+        worker = simulator.add_worker(self.node, message.token)
+        simulator.post(fork_server, self.address, WorkerForked(message.token, worker.pid))
+        simulator.after(simulator.costs.worker_start_s, worker.say_hello)
+
+
+class Arena:
+    """Sizes and handles, no bytes."""
+
+    def __init__(self, capacity: int):
+        self.capacity = capacity
+        self.used = 0
+        self.objects: dict[int, tuple[bytes, int, bool]] = {}
+        self._handles = itertools.count(1)
+
+    def create(self, object_id: bytes, size: int, sealed: bool = False) -> int:
+        if self.used + size > self.capacity:
+            return 0
+        handle = next(self._handles)
+        self.objects[handle] = (object_id, size, sealed)
+        self.used += size
+        return handle
+
+    def seal(self, handle: int) -> None:
+        object_id, size, _ = self.objects[handle]
+        self.objects[handle] = (object_id, size, True)
+
+    def has(self, handle: int) -> bool:
+        return handle in self.objects and self.objects[handle][2]
+
+    def delete(self, handle: int) -> None:
+        found = self.objects.pop(handle, None)
+        if found is not None:
+            self.used -= found[1]
+
+    def delete_owned(self, owner: int) -> None:
+        whole = owner & WHOLE_NODE == WHOLE_NODE
+        for handle, (object_id, _, sealed) in list(self.objects.items()):
+            mine = int.from_bytes(object_id[8:16], "little")
+            if sealed and (node_of(mine) == node_of(owner) if whole else mine == owner):
+                self.delete(handle)
+
+
+class Link(Process):
+    """Moves objects; messages between nodes are the simulator's own business."""
+
+    def __init__(self, simulator: Simulator, raylet: Raylet):
+        super().__init__(simulator, address_of(raylet.node, LINK_LANE, 0))
+        self.raylet = raylet
+
+    def receive(self, source: int, message: Any) -> None:
+        assert isinstance(message, TransferObject), message
+        simulator = self.simulator
+        simulator.after(
+            simulator.costs.network_s + message.size / simulator.costs.bytes_per_s, lambda: self._done(message)
+        )
+
+    def _done(self, message: TransferObject) -> None:
+        origin = self.simulator.raylets.get(message.source_node)
+        error = ""
+        if origin is None or not origin.alive:
+            error = f"node {message.source_node} is dead"
+        elif not origin.arena.has(message.source_handle):
+            error = f"node {message.source_node} has no such object"
+        self.simulator.post(self.address, self.raylet.address, TransferDone(message.transfer_id, error))
+
+
+# ------------------------------------------------------------------ models: owners and workers
+
+
+class Task(msgspec.Struct):
+    """What an owner wants run."""
+
+    shape: Shape
+    run_s: float
+    children: int = 0  # tasks that it submits itself and waits for
+    attempts: int = 0
+
+
+class Units:
+    """What an owner expects from one raylet for one request."""
+
+    def __init__(self, node: int, shape: Shape, count: int):
+        self.node = node
+        self.shape = shape
+        self.count = count
+
+
+class HeldLease:
+    def __init__(self, lease_id: int, node: int, worker: int, shape: Shape):
+        self.lease_id = lease_id
+        self.node = node
+        self.worker = worker
+        self.shape = shape
+        self.task: Task | None = None
+        self.task_id = b""
+
+
+_encode = msgspec.msgpack.Encoder(order="sorted").encode
+
+
+class Owner:
+    """Submits tasks under leases, one at a time to each worker. Part of a driver or of a worker that runs a task."""
+
+    def __init__(self, process: Process, job_id: bytes, on_idle: Callable[[], None]):
+        self.process = process
+        self.node = node_of(process.address)
+        self.job_id = job_id
+        self.finished = 0
+        self.refused: list[LeaseRefused] = []
+        self.retries = 0
+        self.most_units = 16
+        self._on_idle = on_idle
+        self._minter = IdMinter(process.address, job_id)
+        self._pending: dict[bytes, deque[Task]] = {}
+        self._units: dict[int, Units] = {}
+        self._leases: dict[int, HeldLease] = {}  # by task id's worker: lease ids are per node
+        self._dead_nodes: set[int] = set()
+        self._numbers = itertools.count(1)
+
+    def submit(self, task: Task) -> None:
+        self._pending.setdefault(_encode(task.shape), deque()).append(task)
+        self._ask(task.shape)
+
+    @property
+    def is_idle(self) -> bool:
+        return not any(self._pending.values()) and not any(lease.task for lease in self._leases.values())
+
+    def _ask(self, shape: Shape) -> None:
+        key = _encode(shape)
+        wanted = min(len(self._pending.get(key, ())), self.most_units)
+        asked = sum(units.count for units in self._units.values() if _encode(units.shape) == key)
+        if wanted > asked:
+            self._request(self.node, shape, wanted - asked, False)
+
+    def _request(self, node: int, shape: Shape, count: int, redirected: bool) -> None:
+        number = next(self._numbers)
+        self._units[number] = Units(node, shape, count)
+        self.process.send(raylet_address(node), RequestLease(number, shape, count, redirected))
+
+    def receive(self, source: int, message: Any) -> bool:
+        """True if the message was for an owner."""
+        if isinstance(message, LeaseGranted):
+            self._granted(source, message)
+        elif isinstance(message, LeaseRedirected):
+            units = self._answered(message.request_id)
+            if units is not None:
+                if message.node in self._dead_nodes:
+                    self._ask(units.shape)
+                else:
+                    self._request(message.node, units.shape, 1, True)
+        elif isinstance(message, LeaseRefused):
+            gone = self._units.pop(message.request_id, None)
+            if gone is not None:
+                self.refused.append(message)
+                self._pending.pop(_encode(gone.shape), None)
+                self._check_idle()
+        elif isinstance(message, LeaseRevoked):
+            self._lost(self._leases.pop((node_of(source), message.lease_id), None))  # type: ignore[call-overload]
+        elif isinstance(message, LeaseContended):
+            for key, lease in list(self._leases.items()):
+                if lease.task is None:
+                    self._give_back(key, lease)
+        elif isinstance(message, TaskReply):
+            self._replied(source, message)
+        elif isinstance(message, NodeDied):
+            self._node_died(message.node)
+        else:
+            return False
+        return True
+
+    def _answered(self, number: int) -> Units | None:
+        units = self._units.get(number)
+        if units is not None:
+            units.count -= 1
+            if units.count <= 0:
+                del self._units[number]
+        return units
+
+    def _granted(self, source: int, message: LeaseGranted) -> None:
+        units = self._answered(message.request_id)
+        node = node_of(source)
+        if units is None:  # cancelled while the grant was under way
+            self.process.send(raylet_address(node), ReturnLease(message.lease_id))
+            return
+        lease = HeldLease(message.lease_id, node, message.worker, units.shape)
+        self._leases[node, message.lease_id] = lease  # type: ignore[index]
+        self._feed((node, message.lease_id), lease)
+
+    def _feed(self, key: Any, lease: HeldLease) -> None:
+        pending = self._pending.get(_encode(lease.shape))
+        if not pending:
+            self._give_back(key, lease)
+            self._trim(lease.shape)
+            return
+        lease.task = pending.popleft()
+        lease.task.attempts += 1
+        lease.task_id = self._minter.task_id()
+        self.process.simulator.running[lease.task_id] = lease.task
+        self.process.send(
+            lease.worker,
+            PushTask(lease.task_id, lease.task.attempts, b"", "task", b"", [], 1, lease_id=lease.lease_id),
+        )
+
+    def _give_back(self, key: Any, lease: HeldLease) -> None:
+        del self._leases[key]
+        self.process.send(raylet_address(lease.node), ReturnLease(lease.lease_id))
+
+    def _trim(self, shape: Shape) -> None:
+        """Nothing is left to run: take the requests back."""
+        key = _encode(shape)
+        for number, units in list(self._units.items()):
+            if _encode(units.shape) == key:
+                del self._units[number]
+                self.process.send(raylet_address(units.node), ResizeLeaseRequest(number, 0))
+
+    def _replied(self, source: int, message: TaskReply) -> None:
+        for key, lease in list(self._leases.items()):
+            if lease.worker == source and lease.task_id == message.task_id:
+                self.finished += 1
+                self.process.simulator.running.pop(message.task_id, None)
+                lease.task = None
+                self._feed(key, lease)
+                self._check_idle()
+                return
+
+    def _lost(self, lease: HeldLease | None) -> None:
+        if lease is not None and lease.task is not None:
+            self.retries += 1
+            self.process.simulator.running.pop(lease.task_id, None)
+            self._pending.setdefault(_encode(lease.shape), deque()).append(lease.task)
+            self._ask(lease.shape)
+
+    def _node_died(self, node: int) -> None:
+        self._dead_nodes.add(node)
+        shapes = []
+        for number, units in list(self._units.items()):
+            if units.node == node:
+                del self._units[number]
+                shapes.append(units.shape)
+        for key, lease in list(self._leases.items()):
+            if lease.node == node:
+                del self._leases[key]
+                self._lost(lease)
+        for shape in shapes:
+            self._ask(shape)
+
+    def _check_idle(self) -> None:
+        if self.is_idle:
+            self._on_idle()
+
+
+class Worker(Process):
+    """Runs tasks or is an actor."""
+
+    def __init__(self, simulator: Simulator, node: int, token: int, pid: int):
+        super().__init__(simulator, simulator.next_address(node))
+        self.node = node
+        self.token = token
+        self.pid = pid
+        self.actor: tuple[bytes, int] | None = None
+        self.owner: Owner | None = None  # while a task with children runs
+        self.status = 9
+
+    def say_hello(self) -> None:
+        if self.alive and self.simulator.raylets[self.node].alive:
+            self.send(
+                raylet_address(self.node),
+                ProcessStarted(ProcessKind.WORKER, self.pid.to_bytes(28, "big"), self.pid, self.token),
+            )
+
+    def receive(self, source: int, message: Any) -> None:
+        simulator = self.simulator
+        if isinstance(message, PushTask):
+            task = simulator.running.get(message.task_id)
+            if task is not None:
+                simulator.after(task.run_s, lambda: self._ran(source, message, task))
+        elif isinstance(message, InstallActor):
+            self.actor = (message.spec.actor_id, message.attempt)
+            simulator.after(simulator.init_s, lambda: self._made(message))
+        elif isinstance(message, (Shutdown, TerminateActor)):
+            self.send(raylet_address(self.node), ProcessLeaving("told to leave"))
+            simulator.after(simulator.costs.lane_s, lambda: simulator.kill(self, 0))
+        elif isinstance(message, Welcome) and message.refusal:
+            simulator.kill(self, 0)
+        elif self.owner is not None:
+            self.owner.receive(source, message)
+
+    def _ran(self, caller: int, message: PushTask, task: Task) -> None:
+        if not self.alive:
+            return
+        if not task.children:
+            self._reply(caller, message)
+            return
+        owner = Owner(self, task.shape.job_id, lambda: self._children_done(caller, message))
+        owner.most_units = task.children
+        self.owner = owner
+        self.send(raylet_address(self.node), WorkerBlocked())
+        children, task.children = task.children, 0 if task.attempts > 3 else task.children
+        for _ in range(children):
+            owner.submit(Task(task.shape, task.run_s))
+
+    def _children_done(self, caller: int, message: PushTask) -> None:
+        self.send(raylet_address(self.node), WorkerUnblocked())
+        self._reply(caller, message)
+
+    def _reply(self, caller: int, message: PushTask) -> None:
+        self.send(caller, TaskReply(message.task_id, message.attempt, [], nanoseconds=0))
+
+    def _made(self, message: InstallActor) -> None:
+        if not self.alive:
+            return
+        spec = message.spec
+        if spec.class_name == "Failing":
+            cause = DeathCause("INIT_FAILED", "it raised", b"error")
+            self.send(GCS_ADDRESS, ActorInitFailed(spec.actor_id, message.attempt, cause))
+        else:
+            self.send(GCS_ADDRESS, ActorReady(spec.actor_id, message.attempt, self.address))
+
+
+class Driver(Process):
+    """A program: tasks, actors, questions."""
+
+    def __init__(self, simulator: Simulator, node: int, pid: int, on_job: Callable[[Driver], None] | None = None):
+        super().__init__(simulator, simulator.next_address(node))
+        self.node = node
+        self.pid = pid
+        self.status = 9
+        self.job_id = b""
+        self.owner: Owner | None = None
+        self.actors: dict[bytes, ActorInfo | None] = {}
+        self.answers: dict[int, Any] = {}
+        self.asked: set[int] = set()
+        self.pulled: dict[bytes, Any] = {}
+        self.groups: list[bytes] = []
+        self._on_job = on_job
+        self._numbers = itertools.count(1)
+        self.send(raylet_address(node), ProcessStarted(ProcessKind.DRIVER, pid.to_bytes(28, "big"), pid, 0))
+        self.send(GCS_ADDRESS, RegisterJob(0, self.address, pid, "simulated", "space", {}))
+
+    def receive(self, source: int, message: Any) -> None:
+        if isinstance(message, JobRegistered):
+            self.job_id = message.job_id
+            self.owner = Owner(self, message.job_id, lambda: None)
+            if self._on_job is not None:
+                self._on_job(self)
+        elif isinstance(message, ActorUpdate):
+            self.actors[message.info.actor_id] = message.info
+        elif isinstance(message, (Answer, ActorCreated)):
+            self.asked.discard(message.request_id)
+            self.answers[message.request_id] = message
+        elif isinstance(message, (ObjectLocal, PullFailed)):
+            self.pulled[message.object_id] = message
+        elif self.owner is not None:
+            self.owner.receive(source, message)
+
+    def shape(self, resources: dict[str, float], **rest: Any) -> Shape:
+        amounts = {name: round(amount * UNIT) for name, amount in resources.items()}
+        return Shape(amounts, self.job_id, rest.pop("strategy", Strategy()), **rest)
+
+    def submit(self, count: int, resources: dict[str, float], run_s: float, children: int = 0, **rest: Any) -> None:
+        assert self.owner is not None
+        for _ in range(count):
+            self.owner.submit(Task(self.shape(resources, **rest), run_s, children))
+
+    def create_actor(self, **options: Any) -> bytes:
+        number = next(self._numbers)
+        actor_id = number.to_bytes(4, "big") + self.address.to_bytes(8, "big") + self.job_id
+        shape = self.shape(options.pop("resources", {}), **options.pop("rest", {}))
+        placement: Resources = {"CPU": UNIT, **shape.resources}
+        spec = ActorSpec(
+            actor_id,
+            options.pop("class_name", "Simulated"),
+            b"",
+            b"",
+            b"",
+            [],
+            [],
+            shape,
+            options.pop("placement", placement),
+            self.address,
+            self.job_id,
+            namespace="space",
+            **options,
+        )
+        self.asked.add(number)
+        self.actors[actor_id] = None
+        self.send(GCS_ADDRESS, CreateActor(number, spec))
+        return actor_id
+
+    def kill_actor(self, actor_id: bytes, *, no_restart: bool = True) -> None:
+        self.send(GCS_ADDRESS, KillActor(actor_id, no_restart))
+
+    def ask(self, name: str, /, **arguments: Any) -> int:
+        number = next(self._numbers)
+        self.asked.add(number)
+        self.send(GCS_ADDRESS, Query(number, name, arguments))
+        return number
+
+    def pull(self, object_id: bytes, size: int, places: list[list[int]]) -> None:
+        self.pulled[object_id] = None
+        self.send(raylet_address(self.node), PullObject(object_id, size, places))
+
+    def finish(self) -> None:
+        """``shutdown()``: the job ends, the process goes."""
+        self.send(GCS_ADDRESS, FinishJob(self.job_id))
+        self.send(raylet_address(self.node), ProcessLeaving("the program is over"))
+        self.simulator.after(self.simulator.costs.lane_s, lambda: self.simulator.kill(self, 0))
+
+
+# ------------------------------------------------------------------ the simulator
+
+
+class Simulator:
+    """Time, the network, and who lives.
+
+    Args:
+        nodes: resources of each node.
+        seed: of latencies, and of whatever the test draws from ``random``.
+        keep_log: the states keep their event logs, for replay.
+    """
+
+    def __init__(
+        self,
+        nodes: list[dict[str, float]],
+        *,
+        seed: int = 0,
+        costs: Costs | None = None,
+        settings: Settings | None = None,
+        keep_log: bool = False,
+        arena_bytes: int = 1 << 30,
+    ):
+        self.now = 0.0
+        self.random = random.Random(seed)
+        self.costs = costs or Costs()
+        self.keep_log = keep_log
+        self.init_s = 0.001  # of an actor's __init__
+        self.processes: dict[int, Process] = {}
+        self.by_pid: dict[int, Worker | Driver] = {}
+        self.running: dict[bytes, Task] = {}
+        self.messages: Counter[str] = Counter()
+        self.drivers: list[Driver] = []
+        self.start_fault: Callable[[StartWorker], str] = lambda message: ""
+        self._queue: list[tuple[float, int, Callable[[], None]]] = []
+        self._order = itertools.count()
+        self._last: dict[tuple[int, int], float] = {}
+        self._lanes: dict[int, itertools.count[int]] = {}
+        self._pids = itertools.count(1000)
+        self._settings = settings or Settings()
+        self._arena_bytes = arena_bytes
+        self.raylets: dict[int, Raylet] = {}
+        self.gcs = Gcs(self)
+        self.gcs.start()
+        for resources in nodes:
+            self.add_node(resources)
+
+    # -- time
+
+    def at(self, time: float, what: Callable[[], None]) -> None:
+        heapq.heappush(self._queue, (time, next(self._order), what))
+
+    def after(self, seconds: float, what: Callable[[], None]) -> None:
+        self.at(self.now + seconds, what)
+
+    def run(self, *, until: float | None = None, limit: int = 10_000_000) -> int:
+        """Until nothing is under way, or that time; how many steps. Timers count as under way."""
+        steps = 0
+        while self._queue and (until is None or self._queue[0][0] <= until):
+            self.step()
+            steps += 1
+            assert steps < limit, "it does not come to rest"
+        if until is not None:
+            self.now = max(self.now, until)
+        return steps
+
+    def step(self) -> None:
+        time, _, what = heapq.heappop(self._queue)
+        self.now = max(self.now, time)
+        what()
+
+    # -- messages (SIM-2)
+
+    def post(self, source: int, destination: int, message: Any) -> None:
+        local = node_of(source) == node_of(destination)
+        latency = self.costs.lane_s if local else self.costs.network_s
+        at = self.now + latency * (1.0 + self.costs.jitter * self.random.random())
+        key = (source, destination)
+        at = max(at, self._last.get(key, 0.0))
+        self._last[key] = at
+        self.at(at, lambda: self._deliver(source, destination, message))
+
+    def _deliver(self, source: int, destination: int, message: Any) -> None:
+        process = self.processes.get(destination)
+        if process is None or not process.alive:
+            return
+        sender = self.raylets.get(node_of(source))
+        if sender is not None and not sender.alive and node_of(source) != node_of(destination):
+            return  # lost with the node
+        self.messages[type(message).__name__] += 1
+        process.receive(source, message)
+
+    # -- who lives
+
+    def next_address(self, node: int) -> int:
+        return address_of(node, next(self._lanes.setdefault(node, itertools.count(16))), 1)
+
+    def add_node(self, resources: dict[str, float], labels: dict[str, str] | None = None) -> Raylet:
+        node = len(self.raylets)
+        config = NodeConfig(
+            session="simulated",
+            session_dir="",
+            node=node,
+            node_id=(b"node" + node.to_bytes(24, "big")).hex(),
+            hostname=f"host{node}",
+            ip=f"10.0.{node >> 8}.{node & 255}",
+            resources=resources,
+            labels=labels or {},
+            arena_bytes=self._arena_bytes,
+            settings=self._settings,
+        )
+        raylet = Raylet(self, config)
+        self.raylets[node] = raylet
+        raylet.start()
+        return raylet
+
+    def add_worker(self, node: int, token: int) -> Worker:
+        worker = Worker(self, node, token, next(self._pids))
+        self.by_pid[worker.pid] = worker
+        return worker
+
+    def add_driver(self, node: int, on_job: Callable[[Driver], None] | None = None) -> Driver:
+        driver = Driver(self, node, next(self._pids), on_job)
+        self.by_pid[driver.pid] = driver
+        self.drivers.append(driver)
+        return driver
+
+    def workers(self) -> list[Worker]:
+        return [process for process in self.processes.values() if isinstance(process, Worker) and process.alive]
+
+    def kill(self, process: Worker | Driver, status: int = 9) -> None:
+        """It is dead now; its raylet hears of it after all that it had sent."""
+        if not process.alive:
+            return
+        process.alive = False
+        del self.processes[process.address]
+        self.by_pid.pop(process.pid, None)
+        raylet = raylet_address(process.node)
+        at = max(self.now, self._last.get((process.address, raylet), 0.0)) + self.costs.reap_s
+        if isinstance(process, Driver):
+            event = ProcessExited(process.pid, status, ProcessKind.DRIVER, process.address)
+        else:
+            event = ProcessExited(process.pid, status, ProcessKind.WORKER)
+        self.at(at, lambda: self.post(address_of(process.node, FORK_SERVER_LANE, 1), raylet, event))
+
+    def kill_node(self, node: int) -> None:
+        """The host is gone, with all that it had; the GCS hears of it a little later."""
+        assert node != 0, "the head node is the session"
+        raylet = self.raylets[node]
+        if not raylet.alive:
+            return
+        for address, process in list(self.processes.items()):
+            if node_of(address) == node:
+                process.alive = False
+                del self.processes[address]
+                if isinstance(process, (Worker, Driver)):
+                    self.by_pid.pop(process.pid, None)
+        link = address_of(node, LINK_LANE, 1)
+        notice = ProcessDied(link, b"", 0, ProcessKind.LINK, DeathCause("CRASHED", "the host is lost"))
+        own_link = address_of(0, LINK_LANE, 1)
+        self.after(self.costs.detect_s, lambda: self.post(own_link, GCS_ADDRESS, notice))
+
+    # -- checks (SIM-3)
+
+    def check(self) -> None:
+        """To be called at rest."""
+        self.gcs.gcs.validate()
+        for raylet in self.raylets.values():
+            if raylet.alive:
+                raylet.raylet.validate()
+        for driver in self.drivers:
+            if driver.alive:
+                assert driver.owner is None or driver.owner.is_idle, f"driver {driver.pid} still waits"
+                assert not driver.asked, f"unanswered: {driver.asked}"
+
+    def check_free(self) -> None:
+        """Nobody holds anything any more."""
+        for raylet in self.raylets.values():
+            state = raylet.raylet
+            if raylet.alive:
+                assert state.pool.available == state.pool.total, (state.node, state.pool.available, state.leases)
+                assert not state.leases and not state.requests and not state.bundles
+
+    def check_replay(self) -> None:
+        """The logs give the same states (MACHINE-2), and the journal the same memory (GCS-2)."""
+        for raylet in self.raylets.values():
+            again = RayletState(raylet.raylet.config)
+            again.replay_log(raylet.raylet.log or [])
+            assert again.snapshot() == raylet.raylet.snapshot()
+        gcs = GcsState()
+        gcs.replay_log(self.gcs.gcs.log or [])
+        assert gcs.snapshot() == self.gcs.gcs.snapshot()
+        restored = GcsState()
+        restored.replay(self.gcs.journal.load())
+        assert restored.durable() == self.gcs.gcs.durable()
+
+    def actor_states(self) -> Counter[str]:
+        return Counter(ActorState(actor.record.state).name for actor in self.gcs.gcs.actors.values())

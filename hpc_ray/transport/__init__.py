@@ -1,0 +1,79 @@
+"""Between nodes: the interface that a link drives.
+
+A transport moves messages (source and destination address, payload) and objects (arena to arena) between the nodes of a
+session. ``mpi`` is the real one, ``inprocess`` the one for tests and the simulator. It belongs to one thread, never blocks
+except in ``close``, and does its work in ``poll``.
+
+TRANSPORT-1 (order): messages to one node arrive in the order of ``send``, each once.
+TRANSPORT-2 (bounded): what a slow peer has not taken yet waits at the sender, as ``backlog_bytes``.
+TRANSPORT-3 (loss): a lost peer is reported once, by PeerLost; its transfers end with an error, and sends to it are dropped.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from typing import Any, NamedTuple, Protocol, Union
+
+Deliver = Callable[[int, int, int, Any], None]
+"""``deliver(node, source, destination, payload)``; the payload is a buffer that is valid during the call only."""
+
+
+class PeerLost(NamedTuple):
+    """The node cannot be reached any more."""
+
+    node: int
+    text: str
+
+
+class TransferEnded(NamedTuple):
+    """An object is here, or, with ``error``, will not come."""
+
+    transfer_id: int
+    error: str
+
+
+Event = Union[PeerLost, TransferEnded]  # noqa: UP007 (3.10 evaluates it)
+
+
+class Objects(Protocol):
+    """The node's arena, as a transport needs it; ``_core.Store`` is one."""
+
+    def get(self, handle: int) -> Any:
+        """A read-only buffer that stays valid while it is referred to; None when the object is gone."""
+
+    def write_buffer(self, handle: int) -> Any:
+        """The memory of an object that is being created."""
+
+
+class Transport(ABC):
+    """One node's end."""
+
+    node: int
+    nodes: int
+
+    @abstractmethod
+    def send(self, node: int, source: int, destination: int, payload: bytes) -> None:
+        """Queues a message; it leaves with the next ``poll``."""
+
+    @abstractmethod
+    def transfer(self, transfer_id: int, source_node: int, source_handle: int, handle: int, size: int) -> None:
+        """Fetches an object of another node into a block of ours; ends with TransferEnded."""
+
+    @abstractmethod
+    def poll(self) -> list[Event]:
+        """Sends, receives, delivers; returns what else happened."""
+
+    @property
+    @abstractmethod
+    def busy(self) -> bool:
+        """Something is in flight that wants ``poll`` again at once."""
+
+    @property
+    @abstractmethod
+    def backlog_bytes(self) -> int:
+        """Bytes of messages that wait for slow peers (TRANSPORT-2)."""
+
+    @abstractmethod
+    def close(self, timeout_s: float) -> bool:
+        """Sends what is queued, waits for the others to close as well; False when that took too long."""

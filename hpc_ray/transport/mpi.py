@@ -1,0 +1,406 @@
+"""MPI point-to-point between links, through mpi4py. Only a link's main thread touches it, after ``MPI_Init``.
+
+Messages to a peer are one stream of frames (source u64, destination u64, length u32, payload), cut into chunks of at most
+``CHUNK_BYTES`` wherever it happens; so coalescing and splitting are the same thing. Chunks go out by *synchronous* sends, which
+complete when the receiver has matched them: ``WINDOW`` unfinished ones per peer are the whole flow control, and bound what MPI
+ever has to buffer. Receives are a ring of preposted buffers for any source. An object is asked for with a frame of its own
+and comes as ``PIECE_BYTES`` pieces under a tag of its own, from arena memory into arena memory.
+
+MPI-1 (no probe): every message meets a posted receive, or waits as one of ``WINDOW`` per peer.
+MPI-2 (order): receives of the ring are looked at in the order they were posted, so a peer's chunks are too.
+MPI-3 (progress): each ``poll`` tests the pending receive at the head of the ring, which drives MPI's progress engine; without
+that neither data nor news of failures move.
+"""
+
+from __future__ import annotations
+
+import struct
+import time
+from collections import deque
+from typing import Any
+
+from mpi4py import MPI
+
+from hpc_ray.transport import Deliver, Event, Objects, PeerLost, TransferEnded, Transport
+
+CHUNK_BYTES = 256 * 1024
+RING_SLOTS = 8
+WINDOW = 4
+PIECE_BYTES = 4 << 20
+PIECES_AHEAD = 4
+
+_FRAME = struct.Struct("<QQI")
+_FETCH = struct.Struct("<BIQQ")  # code, tag, handle, size
+_REFUSE = struct.Struct("<BI")  # code, tag; a text follows
+_CODE_FETCH, _CODE_REFUSE = 1, 2
+_OWN = (1 << 64) - 1  # destination of frames between transports
+
+_TAG_STREAM = 1
+_TAG_OBJECT = 16  # and up: one per transfer
+
+
+class _Peer:
+    """What we know of one other node."""
+
+    __slots__ = ("bytes_out", "lost", "node", "out", "partial", "rank", "sends")
+
+    def __init__(self, node: int, rank: int):
+        self.node = node
+        self.rank = rank
+        self.lost = False
+        self.out: deque[Any] = deque()  # pieces of the stream
+        self.bytes_out = 0
+        self.sends: deque[tuple[MPI.Request, Any]] = deque()  # with their memory
+        self.partial = bytearray()  # start of a frame whose rest comes with the next chunk
+
+
+class _Incoming:
+    __slots__ = ("handle", "next", "pending", "size", "source", "tag", "transfer_id", "view")
+
+    def __init__(self, transfer_id: int, source: _Peer, tag: int, view: memoryview):
+        self.transfer_id = transfer_id
+        self.source = source
+        self.tag = tag
+        self.view = view
+        self.size = len(view)
+        self.next = 0  # first byte without a posted receive
+        self.pending: deque[MPI.Request] = deque()
+
+
+class _Outgoing:
+    __slots__ = ("next", "peer", "pending", "pin", "tag", "view")
+
+    def __init__(self, peer: _Peer, tag: int, pin: Any):
+        self.peer = peer
+        self.tag = tag
+        self.pin = pin
+        self.view = memoryview(pin).cast("B")
+        self.next = 0
+        self.pending: deque[MPI.Request] = deque()
+
+
+class MPITransport(Transport):
+    """One node's end; ``ranks[i]`` is the rank of node i's link in ``communicator``, which is duplicated."""
+
+    def __init__(self, communicator: MPI.Intracomm, ranks: list[int], objects: Objects, deliver: Deliver):
+        self._comm = communicator.Dup()
+        self._comm.Set_errhandler(MPI.ERRORS_RETURN)
+        self.node = ranks.index(communicator.Get_rank())
+        self.nodes = len(ranks)
+        self._objects = objects
+        self._deliver = deliver
+        self._peers = [_Peer(node, rank) for node, rank in enumerate(ranks)]
+        self._by_rank = {peer.rank: peer for peer in self._peers}
+        self._sending: set[_Peer] = set()  # have something queued or unfinished
+        self._incoming: dict[int, _Incoming] = {}  # by tag
+        self._outgoing: deque[_Outgoing] = deque()
+        self._events: list[Event] = []
+        self._status = MPI.Status()
+        upper = self._comm.Get_attr(MPI.TAG_UB)
+        self._tags = min(int(upper or 32767), 1 << 28) - _TAG_OBJECT
+        self._next_tag = 0
+        self._ring: deque[tuple[MPI.Request, bytearray]] = deque()
+        if self.nodes > 1:
+            for _ in range(RING_SLOTS):
+                self._post(bytearray(CHUNK_BYTES))
+
+    def _post(self, buffer: bytearray) -> None:
+        request = self._comm.Irecv([buffer, MPI.BYTE], source=MPI.ANY_SOURCE, tag=_TAG_STREAM)
+        self._ring.append((request, buffer))
+
+    # -- messages out
+
+    def send(self, node: int, source: int, destination: int, payload: bytes) -> None:
+        peer = self._peers[node]
+        if peer.lost:
+            return
+        size = len(payload)
+        peer.out.append(_FRAME.pack(source, destination, size))
+        if size:
+            peer.out.append(payload)
+        peer.bytes_out += _FRAME.size + size
+        self._sending.add(peer)
+
+    def _next_chunk(self, peer: _Peer) -> bytes:
+        out = peer.out
+        if peer.bytes_out <= CHUNK_BYTES:
+            chunk = b"".join(out)
+            out.clear()
+            peer.bytes_out = 0
+            return chunk
+        pieces, room = [], CHUNK_BYTES
+        while room:
+            piece = out.popleft()
+            if len(piece) > room:
+                view = memoryview(piece)
+                out.appendleft(view[room:])
+                piece = view[:room]
+            pieces.append(piece)
+            room -= len(piece)
+        peer.bytes_out -= CHUNK_BYTES
+        return b"".join(pieces)
+
+    def _push(self) -> bool:
+        moved = False
+        for peer in list(self._sending):
+            try:
+                while peer.sends and peer.sends[0][0].Test():
+                    peer.sends.popleft()
+                    moved = True
+                while peer.bytes_out and len(peer.sends) < WINDOW:
+                    chunk = self._next_chunk(peer)
+                    peer.sends.append((self._comm.Issend([chunk, MPI.BYTE], peer.rank, _TAG_STREAM), chunk))
+                    moved = True
+            except MPI.Exception as error:
+                self._on_error(error, peer)
+                continue
+            if not peer.bytes_out and not peer.sends:
+                self._sending.discard(peer)
+        return moved
+
+    # -- messages in
+
+    def _pull(self) -> bool:
+        moved = False
+        for _ in range(4 * len(self._ring)):  # then our own sends have their turn
+            request, buffer = self._ring[0]
+            try:
+                if not request.Test(self._status):
+                    break
+            except MPI.Exception as error:
+                self._on_error(error, None)
+                if request == MPI.REQUEST_NULL:  # ended by the failure: post it again, at the end
+                    self._ring.popleft()
+                    self._post(buffer)
+                    continue
+                break
+            self._ring.popleft()
+            moved = True
+            peer = self._by_rank[self._status.Get_source()]
+            count = self._status.Get_count(MPI.BYTE)
+            try:
+                self._take(peer, memoryview(buffer)[:count])
+            finally:
+                self._post(buffer)
+        return moved
+
+    def _take(self, peer: _Peer, data: memoryview) -> None:
+        if peer.partial:
+            peer.partial += data
+            if len(peer.partial) < _FRAME.size:
+                return
+            if len(peer.partial) < _FRAME.size + _FRAME.unpack_from(peer.partial)[2]:
+                return
+            data = memoryview(bytes(peer.partial))
+            peer.partial = bytearray()
+        position, end = 0, len(data)
+        while end - position >= _FRAME.size:
+            source, destination, size = _FRAME.unpack_from(data, position)
+            stop = position + _FRAME.size + size
+            if stop > end:
+                break
+            payload = data[stop - size : stop]
+            if destination == _OWN:
+                self._on_own(peer, payload)
+            else:
+                self._deliver(peer.node, source, destination, payload)
+            position = stop
+        if position < end:
+            peer.partial += data[position:]
+
+    def _on_own(self, peer: _Peer, payload: memoryview) -> None:
+        if payload[0] == _CODE_FETCH:
+            _, tag, handle, size = _FETCH.unpack(payload)
+            pin = self._objects.get(handle)
+            problem = ""
+            if pin is None:
+                problem = "the object is not there any more"
+            elif len(memoryview(pin).cast("B")) != size:
+                problem = f"the object has {len(memoryview(pin).cast('B'))} bytes, not {size}"
+            if problem:
+                self.send(peer.node, 0, _OWN, _REFUSE.pack(_CODE_REFUSE, tag) + problem.encode())
+            else:
+                self._outgoing.append(_Outgoing(peer, tag, pin))
+        else:
+            _, tag = _REFUSE.unpack_from(payload)
+            incoming = self._incoming.pop(tag, None)
+            if incoming is not None:
+                self._abandon(incoming, bytes(payload[_REFUSE.size :]).decode())
+
+    # -- objects
+
+    def transfer(self, transfer_id: int, source_node: int, source_handle: int, handle: int, size: int) -> None:
+        peer = self._peers[source_node]
+        if peer.lost:
+            self._events.append(TransferEnded(transfer_id, f"node {source_node} is gone"))
+            return
+        try:
+            view = memoryview(self._objects.write_buffer(handle)).cast("B")
+            if len(view) != size:
+                raise ValueError(f"the block has {len(view)} bytes, the object {size}")
+        except (ValueError, RuntimeError) as error:
+            self._events.append(TransferEnded(transfer_id, f"cannot write into the block: {error}"))
+            return
+        if size == 0:
+            self._events.append(TransferEnded(transfer_id, ""))
+            return
+        while True:
+            tag = _TAG_OBJECT + self._next_tag
+            self._next_tag = (self._next_tag + 1) % self._tags
+            if tag not in self._incoming:
+                break
+        incoming = self._incoming[tag] = _Incoming(transfer_id, peer, tag, view)
+        self._post_pieces(incoming)
+        self.send(source_node, 0, _OWN, _FETCH.pack(_CODE_FETCH, tag, source_handle, size))
+
+    def _post_pieces(self, incoming: _Incoming) -> None:
+        while incoming.next < incoming.size and len(incoming.pending) < PIECES_AHEAD:
+            piece = incoming.view[incoming.next : incoming.next + PIECE_BYTES]
+            incoming.pending.append(self._comm.Irecv([piece, MPI.BYTE], incoming.source.rank, incoming.tag))
+            incoming.next += len(piece)
+
+    def _abandon(self, incoming: _Incoming, text: str) -> None:
+        for request in incoming.pending:
+            try:
+                request.Cancel()
+                request.Wait()
+            except MPI.Exception:
+                pass
+        self._events.append(TransferEnded(incoming.transfer_id, text))
+
+    def _move_objects(self) -> bool:
+        moved = False
+        for incoming in list(self._incoming.values()):
+            try:
+                while incoming.pending and incoming.pending[0].Test():
+                    incoming.pending.popleft()
+                    moved = True
+                    self._post_pieces(incoming)
+            except MPI.Exception as error:
+                self._on_error(error, incoming.source)
+                continue
+            if not incoming.pending and incoming.tag in self._incoming:
+                del self._incoming[incoming.tag]
+                self._events.append(TransferEnded(incoming.transfer_id, ""))
+        for _ in range(len(self._outgoing)):  # round-robin: each gives a piece in its turn
+            outgoing = self._outgoing.popleft()
+            try:
+                while outgoing.pending and outgoing.pending[0].Test():
+                    outgoing.pending.popleft()
+                    moved = True
+                if outgoing.next < len(outgoing.view) and len(outgoing.pending) < PIECES_AHEAD:
+                    piece = outgoing.view[outgoing.next : outgoing.next + PIECE_BYTES]
+                    outgoing.pending.append(self._comm.Isend([piece, MPI.BYTE], outgoing.peer.rank, outgoing.tag))
+                    outgoing.next += len(piece)
+                    moved = True
+            except MPI.Exception as error:
+                self._on_error(error, outgoing.peer)
+                continue
+            if outgoing.pending or outgoing.next < len(outgoing.view):
+                self._outgoing.append(outgoing)
+        return moved
+
+    # -- failures
+
+    def _on_error(self, error: MPI.Exception, peer: _Peer | None) -> None:
+        """Finds out who is lost (TRANSPORT-3); raises what is no loss of a peer."""
+        kind = error.Get_error_class()
+        if kind not in _LOSSES:
+            raise error
+        try:
+            group = self._comm.Get_failed()
+            mine = self._comm.Get_group()
+            ranks = MPI.Group.Translate_ranks(group, list(range(group.Get_size())), mine)
+            self._comm.Ack_failed(group.Get_size())
+        except (MPI.Exception, NotImplementedError):
+            ranks = []
+        if peer is not None and peer.rank not in ranks and kind == MPI.ERR_PROC_FAILED:
+            ranks = [*ranks, peer.rank]
+        for rank in ranks:
+            lost = self._by_rank.get(rank)  # others are MPI workers: not ours to report
+            if lost is not None and not lost.lost:
+                self.lose(lost.node, f"its link (MPI rank {rank}) died")
+
+    def lose(self, node: int, text: str) -> None:
+        """Drops all that has to do with a peer."""
+        peer = self._peers[node]
+        if peer.lost:
+            return
+        peer.lost = True
+        peer.out.clear()
+        peer.bytes_out = 0
+        peer.partial = bytearray()
+        for request, _ in peer.sends:
+            _free(request)
+        peer.sends.clear()
+        self._sending.discard(peer)
+        self._outgoing = deque(o for o in self._outgoing if o.peer is not peer)
+        self._events.append(PeerLost(node, text))
+        for tag, incoming in list(self._incoming.items()):
+            if incoming.source is peer:
+                del self._incoming[tag]
+                self._abandon(incoming, f"node {node} is gone: {text}")
+
+    # -- driving
+
+    def poll(self) -> list[Event]:
+        self._pull()
+        if self._sending:
+            self._push()
+        if self._incoming or self._outgoing:
+            self._move_objects()
+            if self._sending:
+                self._push()
+        if not self._events:
+            return _NOTHING
+        events, self._events = self._events, []
+        return events
+
+    @property
+    def busy(self) -> bool:
+        """Objects move, or messages wait for room. Sends that wait for their match alone do not count: the peer sleeps."""
+        return bool(self._incoming or self._outgoing or any(peer.bytes_out for peer in self._sending))
+
+    @property
+    def backlog_bytes(self) -> int:
+        return sum(peer.bytes_out for peer in self._sending)
+
+    def close(self, timeout_s: float) -> bool:
+        """Drain, then a barrier of those that live; with a lost peer the barrier is left out."""
+        deadline = time.monotonic() + timeout_s
+        barrier = None
+        done = False
+        try:
+            while time.monotonic() < deadline:
+                self.poll()
+                if barrier is None and not self.busy and not self._sending:
+                    if any(peer.lost for peer in self._peers):
+                        done = True
+                        break
+                    barrier = self._comm.Ibarrier()
+                if barrier is not None and barrier.Test():
+                    done = True
+                    break
+                time.sleep(0.0005)
+        except MPI.Exception:
+            pass
+        for request, _ in self._ring:
+            try:
+                request.Cancel()
+                request.Wait()
+            except MPI.Exception:
+                pass
+        self._ring.clear()
+        return done
+
+
+_NOTHING: list[Event] = []
+_LOSSES = {getattr(MPI, name) for name in ("ERR_PROC_FAILED", "ERR_PROC_FAILED_PENDING", "ERR_REVOKED") if hasattr(MPI, name)}
+
+
+def _free(request: MPI.Request) -> None:
+    try:
+        if request != MPI.REQUEST_NULL:
+            request.Free()
+    except MPI.Exception:
+        pass

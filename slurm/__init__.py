@@ -1,0 +1,1 @@
+"""Slurm: submit, walltime, requeue; every command line is a pure function."""

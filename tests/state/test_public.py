@@ -1,0 +1,73 @@
+"""What is public: the names, that each says what it is, and that importing them costs little."""
+
+from __future__ import annotations
+
+import inspect
+import subprocess
+import sys
+
+import pytest
+
+hpc_ray = pytest.importorskip("hpc_ray")
+if not hasattr(hpc_ray, "init"):
+    pytest.skip("needs the built package", allow_module_level=True)
+
+PUBLIC = {
+    # functions
+    "available_resources", "cancel", "cluster_resources", "get", "get_actor", "get_gpu_ids", "get_runtime_context", "init",
+    "is_initialized", "kill", "method", "nodes", "put", "remote", "shutdown", "wait",
+    # classes
+    "ActorID", "DynamicObjectRefGenerator", "JobID", "NodeID", "ObjectID", "ObjectRef", "ObjectRefGenerator",
+    "PlacementGroupID", "TaskID", "UniqueID", "WorkerID",
+    # modules and the version
+    "exceptions", "util", "__version__",
+}  # fmt: skip
+# Packages that `import hpc_ray` leaves alone: heavy, optional, or with threads and state of their own.
+NOT_IMPORTED = {
+    "torch", "cupy", "mpi4py", "numpy", "asyncio", "concurrent.futures", "multiprocessing", "sqlite3", "psutil", "rich", "click",
+    "matplotlib", "sklearn", "pandas",
+    "hpc_ray.gcs", "hpc_ray.raylet", "hpc_ray.worker", "hpc_ray.simulator", "hpc_ray.transport.mpi",
+}  # fmt: skip
+
+
+def test_the_public_names():
+    """Whoever adds a name here adds it to the changelog too."""
+    assert set(hpc_ray.__all__) == PUBLIC
+    assert len(hpc_ray.__all__) == len(set(hpc_ray.__all__))
+
+
+@pytest.mark.parametrize("name", sorted(PUBLIC))
+def test_each_exists_and_has_a_docstring(name):
+    value = getattr(hpc_ray, name)
+    if name != "__version__":
+        assert value.__doc__ and value.__doc__.strip()
+
+
+@pytest.mark.parametrize("name", sorted(PUBLIC))
+def test_public_functions_and_methods_are_annotated(name):
+    value = getattr(hpc_ray, name)
+    if inspect.isfunction(value):
+        signature = inspect.signature(value)
+        assert signature.return_annotation is not signature.empty
+        assert all(parameter.annotation is not parameter.empty for parameter in signature.parameters.values())
+
+
+def test_version():
+    from importlib.metadata import version
+
+    assert hpc_ray.__version__ == version("hpc-ray")
+
+
+def test_import_is_light():
+    code = "import sys; before = set(sys.modules); import hpc_ray; print(*sorted(set(sys.modules) - before))"
+    found = subprocess.run([sys.executable, "-P", "-c", code] if sys.version_info >= (3, 11) else [sys.executable, "-c", code],
+                           capture_output=True, text=True, timeout=60, check=True, cwd="/")  # fmt: skip
+    imported = set(found.stdout.split())
+    assert "hpc_ray.client.client" in imported
+    assert not imported & NOT_IMPORTED
+
+
+def test_the_package_is_marked_as_typed():
+    from importlib.resources import files
+
+    assert (files("hpc_ray") / "py.typed").is_file()

@@ -1,0 +1,658 @@
+"""The raylet's decisions, one event at a time."""
+
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from hpc_ray import protocol as p
+from hpc_ray.config import NodeConfig, Settings
+from hpc_ray.ids import GCS_ADDRESS, LINK_LANE, IdMinter, address_of, raylet_address
+from hpc_ray.machine import Exit, Send, SetTimer, TimerFired
+from hpc_ray.protocol import UNIT
+from hpc_ray.raylet import events as e
+from hpc_ray.raylet.state import RayletState
+from hpc_ray.raylet.workers import WorkerState
+
+JOB = b"\0\0\0\1"
+GROUP = b"g" * 18
+ME, OTHER, THIRD = (address_of(0, lane, 1) for lane in (500, 501, 502))
+
+
+class Node:
+    """A raylet under test, with a fork server and workers that do as they are told."""
+
+    def __init__(self, resources=None, **values):
+        values.setdefault("prestart_workers", 0)
+        config = NodeConfig(
+            session="s",
+            session_dir="/nowhere",
+            node=0,
+            node_id=(b"\0" * 28).hex(),
+            hostname="host",
+            ip="10.0.0.1",
+            resources=resources or {"CPU": 2},
+            arena_bytes=1000,
+            settings=Settings(**values),
+        )
+        self.state = RayletState(config, keep_log=True)
+        self.now = 0.0
+        self.sent = []  # (destination, message), since the last take
+        self.asked = []  # of the fork server
+        self.actions = []
+        self.timers = {}
+        self.auto = True  # the fork server forks and workers start at once
+        self._lane = 600
+        self.do(self.state.start(0.0))
+        self.tell(p.NodeRegistered(), GCS_ADDRESS)
+
+    def tell(self, message, source):
+        self.do(self.state.handle(message, source, self.now))
+
+    def do(self, actions):
+        following = []
+        for action in actions:
+            self.actions.append(action)
+            if isinstance(action, Send):
+                self.sent.append((action.destination, action.message))
+            elif isinstance(action, SetTimer):
+                self.timers[action.name] = action.at
+            elif isinstance(action, e.AskForkServer):
+                self.asked.append(action.message)
+                if isinstance(action.message, p.StartWorker) and self.auto:
+                    following.append(action.message.token)
+        for token in following:
+            self.start(token)
+
+    def start(self, token):
+        self._lane += 1
+        self.tell(p.WorkerForked(token, 1000 + token), 0)
+        self.tell(p.ProcessStarted(p.ProcessKind.WORKER, b"w", 1000 + token, token), address_of(0, self._lane, 1))
+
+    def exit(self, address, status=9):
+        pid = self.state.by_address[address].pid
+        self.tell(p.ProcessExited(pid, status), 0)
+
+    def pass_time(self, seconds):
+        end = self.now + seconds
+        while self.timers and min(self.timers.values()) <= end:
+            name = min(self.timers, key=self.timers.get)
+            self.now = self.timers.pop(name)
+            self.tell(TimerFired(name), 0)
+        self.now = end
+
+    def take(self, kind, destination=None):
+        """Messages of this class, sent since they were last taken."""
+        found = [m for d, m in self.sent if isinstance(m, kind) and destination in (None, d)]
+        self.sent = [(d, m) for d, m in self.sent if not (isinstance(m, kind) and destination in (None, d))]
+        return found
+
+    def lease(self, owner=ME, count=1, number=1, redirected=False, **shape_values):
+        self.tell(p.RequestLease(number, shape(**shape_values), count, redirected), owner)
+        return self.take(p.LeaseGranted, owner)
+
+    def see(self, index, cpus, free=None, alive=True, **labels):
+        total = {"CPU": cpus * UNIT}
+        available = {"CPU": (cpus if free is None else free) * UNIT}
+        info = p.NodeInfo(bytes([index]) * 28, index, "h", "i", 1, total, available, labels, alive=alive)
+        self.tell(p.ClusterView([info]), GCS_ADDRESS)
+
+
+def shape(resources=None, job=JOB, **rest):
+    amounts = {"CPU": UNIT} if resources is None else resources
+    return p.Shape(amounts, job, rest.pop("strategy", p.Strategy()), **rest)
+
+
+def actor(number=1, resources=None, placement=None, **rest):
+    resources = resources or {}
+    return p.ActorSpec(
+        bytes([number]) * 16, "A", b"", b"", b"", [], [], shape(resources, **rest),
+        placement or {"CPU": UNIT}, ME, JOB,
+    )  # fmt: skip
+
+
+def test_it_registers_and_starts_workers():
+    node = Node({"CPU": 3}, prestart_workers=-1)
+    assert isinstance(node.sent[0][1], p.RegisterNode)
+    assert len([m for m in node.asked if isinstance(m, p.StartWorker)]) == 3
+    assert len(node.take(p.Welcome)) == 3
+
+
+def test_grant_return_and_reuse():
+    node = Node()
+    [first] = node.lease()
+    node.tell(p.ReturnLease(first.lease_id), ME)
+    [second] = node.lease(number=2)
+    assert second.worker == first.worker
+    assert second.lease_id != first.lease_id
+    node.state.validate()
+
+
+def test_no_more_grants_than_resources():
+    node = Node({"CPU": 2})
+    assert len(node.lease(count=5)) == 2
+    node.tell(p.ResizeLeaseRequest(1, 0), ME)
+    assert node.state.requests == {}
+
+
+def test_owners_are_served_in_turn():
+    """LEASE-3"""
+    node = Node({"CPU": 1})
+    [lease] = node.lease(THIRD, count=1)
+    node.lease(ME, count=3)
+    node.lease(OTHER, count=3)
+    order = []
+    for _ in range(6):
+        owner = THIRD if not order else order[-1]
+        node.tell(p.ReturnLease(lease.lease_id), owner)
+        [(destination, lease)] = [(d, m) for d, m in node.sent if isinstance(m, p.LeaseGranted)]
+        node.sent.clear()
+        order.append(destination)
+    assert order == [ME, OTHER] * 3
+
+
+def test_a_large_request_does_not_hold_up_small_ones():
+    node = Node({"CPU": 2})
+    node.lease(ME)
+    assert node.lease(OTHER, resources={"CPU": 2 * UNIT}) == []
+    assert len(node.lease(THIRD)) == 1
+
+
+def test_holders_hear_of_contention_once():
+    """LEASE-5"""
+    node = Node({"CPU": 1})
+    [lease] = node.lease(ME)
+    assert node.lease(OTHER) == []
+    assert node.lease(THIRD) == []
+    assert len(node.take(p.LeaseContended, ME)) == 1
+    node.tell(p.ReturnLease(lease.lease_id), ME)
+    assert len(node.take(p.LeaseContended, OTHER)) == 1
+
+
+def test_waiting_for_oneself_is_no_contention():
+    node = Node({"CPU": 1})
+    node.lease(ME, count=3)
+    assert node.take(p.LeaseContended) == []
+
+
+def test_workers_belong_to_one_job():
+    """WORKER-2"""
+    node = Node()
+    [first] = node.lease()
+    node.tell(p.ReturnLease(first.lease_id), ME)
+    [second] = node.lease(OTHER, job=b"\0\0\0\2")
+    assert second.worker != first.worker
+
+
+def test_environments_have_workers_of_their_own():
+    node = Node()
+    [plain] = node.lease()
+    node.tell(p.ReturnLease(plain.lease_id), ME)
+    [other] = node.lease(number=2, runtime_env="{}")
+    assert other.worker != plain.worker
+    assert node.asked[-1].runtime_env == "{}"
+
+
+def test_blocked_worker_gives_its_cpu_and_takes_it_back():
+    node = Node({"CPU": 1})
+    [first] = node.lease(ME)
+    node.lease(OTHER)
+    node.tell(p.WorkerBlocked(), first.worker)
+    [second] = node.take(p.LeaseGranted, OTHER)
+    node.tell(p.WorkerUnblocked(), first.worker)
+    assert node.state.pool.available["CPU"] == -UNIT
+    node.lease(THIRD)
+    node.tell(p.ReturnLease(second.lease_id), OTHER)
+    assert node.take(p.LeaseGranted) == []
+    node.tell(p.ReturnLease(first.lease_id), ME)
+    assert len(node.take(p.LeaseGranted, THIRD)) == 1
+    node.state.validate()
+
+
+def test_death_of_a_leased_worker():
+    node = Node()
+    [lease] = node.lease()
+    node.tell(p.ProcessStarted(p.ProcessKind.DRIVER, b"d", 5, 0), ME)
+    node.sent.clear()
+    node.exit(lease.worker, 9)
+    assert node.state.pool.available == node.state.pool.total
+    [revoked] = node.take(p.LeaseRevoked, ME)
+    assert (revoked.lease_id, revoked.cause.text) == (lease.lease_id, "killed by SIGKILL")
+    [(_, local), (_, remote)] = [(d, m) for d, m in node.sent if isinstance(m, p.ProcessDied)]
+    assert local == remote
+    assert [type(a) for a in node.actions if isinstance(a, (e.MarkDead, e.Reclaim))] == [e.MarkDead, e.Reclaim]
+
+
+def test_an_orderly_exit_is_no_crash():
+    node = Node()
+    [lease] = node.lease()
+    node.tell(p.ProcessLeaving("exit_actor"), lease.worker)
+    node.exit(lease.worker, 0)
+    assert node.take(p.LeaseRevoked)[0].cause.kind == "EXITED"
+
+
+def test_an_owner_that_dies_takes_its_workers_along():
+    node = Node({"CPU": 1})
+    node.tell(p.ProcessStarted(p.ProcessKind.DRIVER, b"d", 5, 0), ME)
+    [lease] = node.lease(ME, count=2)
+    node.tell(p.ProcessExited(5, 9, p.ProcessKind.DRIVER, ME), 0)
+    assert [m.signal for m in node.asked if isinstance(m, p.KillProcess)] == [9]
+    assert node.state.pool.available["CPU"] == 0
+    assert node.lease(OTHER) == []
+    node.exit(lease.worker)
+    assert len(node.take(p.LeaseGranted, OTHER)) == 1
+    assert node.take(p.LeaseRevoked) == []
+
+
+def test_retired_worker_keeps_its_resources_until_it_is_gone():
+    node = Node({"CPU": 1})
+    [lease] = node.lease()
+    node.tell(p.ReturnLease(lease.lease_id, False), ME)
+    assert len(node.take(p.Shutdown, lease.worker)) == 1
+    assert node.state.pool.available["CPU"] == 0
+    node.pass_time(3)
+    assert isinstance(node.asked[-1], p.KillProcess)
+    node.exit(lease.worker, 9)
+    assert node.state.pool.available["CPU"] == UNIT
+
+
+def test_spillback_to_a_node_with_room():
+    node = Node({"CPU": 1})
+    node.lease()
+    node.see(1, 4)
+    node.tell(p.RequestLease(2, shape(), 2), ME)
+    assert [m.node for m in node.take(p.LeaseRedirected)] == [1, 1]
+
+
+def test_redirected_requests_stay():
+    """LEASE-4"""
+    node = Node({"CPU": 1})
+    node.lease()
+    node.see(1, 4)
+    node.lease(OTHER, redirected=True)
+    assert node.take(p.LeaseRedirected) == []
+    node.lease(THIRD, redirected=True, resources={"CPU": 3 * UNIT})
+    assert [m.node for m in node.take(p.LeaseRedirected)] == [1]
+
+
+def test_waiting_requests_go_where_room_appears():
+    node = Node({"CPU": 1})
+    node.lease()
+    node.see(1, 4, free=0)
+    assert node.lease(OTHER) == []
+    node.see(1, 4, free=1)
+    assert [m.node for m in node.take(p.LeaseRedirected, OTHER)] == [1]
+
+
+def test_affinity():
+    node = Node()
+    node.see(1, 4)
+    there = p.Strategy("NODE", bytes([1]) * 28)
+    node.lease(strategy=there)
+    assert [m.node for m in node.take(p.LeaseRedirected)] == [1]
+    node.tell(p.NodeDied(1, bytes([1]) * 28, "gone"), GCS_ADDRESS)
+    node.lease(number=2, strategy=there)
+    [refusal] = node.take(p.LeaseRefused)
+    assert refusal.reason == p.LeaseRefusal.UNSCHEDULABLE
+    node.lease(number=3, strategy=p.Strategy("NODE", bytes([9]) * 28))
+    assert node.take(p.LeaseRefused) == []
+    node.pass_time(1)
+    assert "does not exist" in node.take(p.LeaseRefused)[0].text
+    assert len(node.lease(number=4, strategy=p.Strategy("NODE", bytes([9]) * 28, True))) == 1
+
+
+def test_infeasible_requests_wait_and_warn_once():
+    node = Node()
+    node.lease(resources={"GPU": UNIT})
+    node.pass_time(10)
+    [warning] = node.take(p.LogLines, ME)
+    assert "GPU: 1" in warning.lines[0]
+    assert "CPU: 2" in warning.lines[0]
+
+
+def test_workers_that_die_while_they_start():
+    node = Node()
+    node.auto = False
+    node.lease(ME)
+    node.lease(OTHER, runtime_env="{}")
+    for _ in range(3):
+        plain = [m.token for m in node.asked if isinstance(m, p.StartWorker) and not m.runtime_env]
+        node.asked = [m for m in node.asked if not (isinstance(m, p.StartWorker) and not m.runtime_env)]
+        for token in plain[:1]:
+            node.tell(p.WorkerForked(token, 77), 0)
+            node.tell(p.ProcessExited(77, 256), 0)
+    [refusal] = node.take(p.LeaseRefused, ME)
+    assert "exit code 1" in refusal.text
+    token = next(m.token for m in node.asked if isinstance(m, p.StartWorker))
+    node.tell(p.WorkerForked(token, 0, "no such package"), 0)
+    assert [m.text for m in node.take(p.LeaseRefused, OTHER)] == ["no such package"]
+    node.state.validate()
+
+
+def test_surplus_idle_workers_end():
+    node = Node({"CPU": 1}, idle_worker_s=1.0)
+    leases = []
+    for number in range(3):
+        leases += node.lease(number=number)
+        node.tell(p.WorkerBlocked(), leases[-1].worker)
+    for lease in leases:
+        node.tell(p.ReturnLease(lease.lease_id), ME)
+    node.pass_time(2)
+    states = [worker.state for worker in node.state.workers.values()]
+    assert states.count(WorkerState.ENDING) == 2
+
+
+def test_actor_start_ready_stop():
+    node = Node()
+    node.tell(p.StartActor(0, actor(resources={"CPU": UNIT})), GCS_ADDRESS)
+    [starting] = node.take(p.ActorStarting)
+    [install] = node.take(p.InstallActor, starting.address)
+    assert install.attempt == starting.attempt == 0
+    assert node.state.pool.available["CPU"] == UNIT
+    node.tell(p.StopActor(b"\1" * 16, 0, False, "out of scope"), GCS_ADDRESS)
+    assert len(node.take(p.TerminateActor, starting.address)) == 1
+    node.tell(p.StopActor(b"\1" * 16, 0, True, "killed"), GCS_ADDRESS)
+    node.exit(starting.address)
+    assert [m.cause.kind for m in node.take(p.ProcessDied, GCS_ADDRESS)] == ["KILLED"]
+    assert node.state.pool.available["CPU"] == 2 * UNIT
+
+
+def test_actor_keeps_its_cpus_while_it_waits():
+    node = Node({"CPU": 1})
+    node.tell(p.StartActor(0, actor(resources={"CPU": UNIT})), GCS_ADDRESS)
+    node.tell(p.WorkerBlocked(), node.take(p.ActorStarting)[0].address)
+    assert node.lease(OTHER) == []
+
+
+def test_actor_waits_for_its_placement_and_uses_less():
+    node = Node({"CPU": 1})
+    [lease] = node.lease()
+    node.tell(p.StartActor(0, actor()), GCS_ADDRESS)
+    assert node.take(p.ActorStarting) == []
+    assert len(node.take(p.LeaseContended, ME)) == 1
+    node.tell(p.ReturnLease(lease.lease_id), ME)
+    assert len(node.take(p.ActorStarting)) == 1
+    assert node.state.pool.available["CPU"] == UNIT
+
+
+def test_actor_that_cannot_be_here_is_sent_back():
+    node = Node()
+    node.tell(p.StartActor(3, actor(placement={"GPU": UNIT})), GCS_ADDRESS)
+    assert node.take(p.ActorRejected) == [p.ActorRejected(b"\1" * 16, 3)]
+
+
+def test_waiting_actor_is_dropped_when_stopped():
+    node = Node({"CPU": 1})
+    node.lease()
+    node.tell(p.StartActor(0, actor()), GCS_ADDRESS)
+    node.tell(p.StopActor(b"\1" * 16, 0, True, "killed"), GCS_ADDRESS)
+    assert node.state.requests == {}
+    node.state.validate()
+
+
+def test_gpu_numbers_are_told():
+    node = Node({"CPU": 2, "GPU": 2})
+    [lease] = node.lease(resources={"GPU": UNIT})
+    assert lease.instances == {"GPU": [[0, UNIT]]}
+    node.tell(p.StartActor(0, actor(resources={"GPU": UNIT // 2})), GCS_ADDRESS)
+    assert node.take(p.InstallActor)[0].instances == {"GPU": [[1, UNIT // 2]]}
+
+
+# ------------------------------------------------------------------ placement groups
+
+
+def commit(node, bundles, attempt=1):
+    node.tell(p.PrepareBundles(GROUP, attempt, bundles), GCS_ADDRESS)
+    [answer] = node.take(p.BundlesPrepared)
+    if answer.ok:
+        node.tell(p.CommitBundles(GROUP, attempt), GCS_ADDRESS)
+    return answer.ok
+
+
+def inside(index=0):
+    names = {f"CPU_group_{index}_{GROUP.hex()}": UNIT, f"CPU_group_{GROUP.hex()}": UNIT}
+    return {"resources": names, "group_id": GROUP, "bundle": index}
+
+
+def test_bundles_all_or_nothing():
+    """BUNDLE-2"""
+    node = Node({"CPU": 2})
+    assert not commit(node, {0: {"CPU": UNIT}, 1: {"CPU": 2 * UNIT}})
+    assert node.state.pool.available == node.state.pool.total
+    assert commit(node, {0: {"CPU": UNIT}, 1: {"CPU": UNIT}})
+    assert node.state.pool.available["CPU"] == 0
+    assert node.state.pool.total[f"CPU_group_{GROUP.hex()}"] == 2 * UNIT
+
+
+def test_names_work_after_the_commit_only():
+    """BUNDLE-1"""
+    node = Node({"CPU": 1})
+    node.tell(p.PrepareBundles(GROUP, 1, {0: {"CPU": UNIT}}), GCS_ADDRESS)
+    assert node.lease(**inside()) == []
+    node.tell(p.CommitBundles(GROUP, 1), GCS_ADDRESS)
+    assert len(node.take(p.LeaseGranted, ME)) == 1
+
+
+def test_release_of_an_attempt_leaves_the_others():
+    node = Node({"CPU": 2})
+    commit(node, {0: {"CPU": UNIT}}, attempt=1)
+    node.tell(p.PrepareBundles(GROUP, 2, {1: {"CPU": UNIT}}), GCS_ADDRESS)
+    node.tell(p.ReleaseBundles(GROUP, 2, False), GCS_ADDRESS)
+    assert list(node.state.bundles) == [(GROUP, 0)]
+    assert node.state.pool.available["CPU"] == UNIT
+
+
+def test_release_kills_and_gives_back_when_all_are_gone():
+    """BUNDLE-3"""
+    node = Node({"CPU": 2})
+    commit(node, {0: {"CPU": UNIT}})
+    [lease] = node.lease(**inside())
+    node.lease(OTHER, **inside())
+    node.tell(p.ReleaseBundles(GROUP, -1), GCS_ADDRESS)
+    assert [m.reason for m in node.take(p.LeaseRefused, OTHER)] == [p.LeaseRefusal.GROUP_REMOVED]
+    assert node.state.pool.available["CPU"] == UNIT
+    node.exit(lease.worker)
+    assert node.take(p.LeaseRevoked)[0].cause.kind == "GROUP_REMOVED"
+    assert node.state.pool.available == node.state.pool.total == {"CPU": 2 * UNIT}
+    node.lease(THIRD, **inside())
+    assert len(node.take(p.LeaseRefused, THIRD)) == 1
+
+
+# ------------------------------------------------------------------ objects
+
+
+def test_pull_is_done_once_and_announced():
+    """COPY-1"""
+    node = Node()
+    node.see(1, 4)
+    object_id = IdMinter(address_of(1, 20, 1), JOB).put_id()
+    for asker in (ME, OTHER):
+        node.tell(p.PullObject(object_id, 10, [[1, 7]]), asker)
+    [allocate] = [a for a in node.actions if isinstance(a, e.AllocateCopy)]
+    node.tell(e.CopyAllocated(allocate.transfer_id, 55), 0)
+    [transfer] = node.take(p.TransferObject, address_of(0, LINK_LANE))
+    assert (transfer.source_node, transfer.source_handle, transfer.handle) == (1, 7, 55)
+    node.tell(p.TransferDone(transfer.transfer_id), address_of(0, LINK_LANE, 1))
+    assert node.take(p.ObjectLocal) == [p.ObjectLocal(object_id, 55)] * 2
+    assert node.take(p.AddPlace, address_of(1, 20, 1)) == [p.AddPlace(object_id, 0, 55)]
+    node.tell(p.PullObject(object_id, 10, [[1, 7]]), THIRD)
+    node.tell(e.CopyFound(object_id, 55, True), 0)
+    assert node.take(p.ObjectLocal, THIRD) == [p.ObjectLocal(object_id, 55)]
+
+
+def test_failed_transfer_tries_the_next_place_then_says_so():
+    """COPY-2, COPY-3"""
+    node = Node()
+    object_id = b"o" * 28
+    node.tell(p.PullObject(object_id, 10, [[1, 7], [2, 8]]), ME)
+    node.tell(e.CopyAllocated(1, 55), 0)
+    node.tell(p.TransferDone(1, "gone"), 1)
+    node.tell(p.TransferDone(1, "gone too"), 1)
+    assert [t.source_node for t in node.take(p.TransferObject)] == [1, 2]
+    assert node.take(p.PullFailed) == [p.PullFailed(object_id, 2, "gone too")]
+    assert isinstance(node.actions[-2], e.AbortCopy) or isinstance(node.actions[-1], e.AbortCopy)
+
+
+def test_own_copy_is_found_at_once():
+    node = Node()
+    node.tell(p.PullObject(b"o" * 28, 10, [[0, 9]]), ME)
+    node.tell(e.CopyFound(b"o" * 28, 9, True), 0)
+    assert node.take(p.ObjectLocal) == [p.ObjectLocal(b"o" * 28, 9)]
+    node.tell(p.PullObject(b"q" * 28, 10, [[0, 9]]), ME)
+    node.tell(e.CopyFound(b"q" * 28, 9, False), 0)
+    assert len(node.take(p.PullFailed)) == 1
+
+
+def test_arena_full_is_hopeless_after_a_while():
+    node = Node()
+    answers = []
+    for number in range(20):
+        node.tell(p.ArenaFullNotice(number, 5000), ME)
+        node.pass_time(2)
+        answers += node.take(p.ArenaRoom)
+        if answers[-1].error:
+            break
+    assert len(answers) == 10
+    assert "5000 bytes" in answers[-1].error
+
+
+def test_orphans_go_to_their_owners():
+    node = Node()
+    away = address_of(3, 17, 1)
+    node.tell(e.Reclaimed(ME, [(b"a" * 28, 1, away), (b"b" * 28, 2, ME), (b"c" * 28, 3, OTHER)]), 0)
+    assert node.take(p.OrphanedObject, away) == [p.OrphanedObject(b"a" * 28, 1)]
+    assert [a.handle for a in node.actions if isinstance(a, e.DeleteObject)] == [2, 3]
+
+
+# ------------------------------------------------------------------ the rest
+
+
+def test_reports_are_rate_limited():
+    """RAYLET-2"""
+    node = Node({"CPU": 4})
+    node.take(p.ReportResources)
+    node.pass_time(1)
+    for number in range(4):
+        node.lease(number=number)
+    assert len(node.take(p.ReportResources)) == 1
+    node.pass_time(0.2)
+    [report] = node.take(p.ReportResources)
+    assert report.available["CPU"] == 0
+
+
+def test_shutdown_waits_for_workers():
+    """RAYLET-3"""
+    node = Node()
+    [lease] = node.lease()
+    node.tell(p.Shutdown("enough"), GCS_ADDRESS)
+    assert len(node.take(p.Shutdown, lease.worker)) == 1
+    assert node.lease(OTHER) == []
+    node.pass_time(2.5)
+    assert isinstance(node.asked[-1], p.KillProcess)
+    node.exit(lease.worker)
+    assert node.actions[-1] == Exit(0, "all workers have ended") or any(isinstance(a, Exit) for a in node.actions)
+
+
+def test_wrong_version_is_turned_away():
+    node = Node()
+    node.tell(p.ProcessStarted(p.ProcessKind.DRIVER, b"d", 5, 0, version=99), ME)
+    assert "version 99" in node.take(p.Welcome, ME)[0].refusal
+
+
+def test_questions():
+    node = Node()
+    node.lease()
+    for number, name in enumerate(("workers", "leases", "statistics", "nothing")):
+        node.tell(p.Query(number, name, {}), ME)
+    *good, bad = node.take(p.Answer)
+    for answer in good:
+        assert p.decode(p.encode(answer)) == answer
+    assert "it has" in bad.error
+
+
+def test_peers_hear_of_remote_deaths():
+    node = Node()
+    node.tell(p.ProcessStarted(p.ProcessKind.DRIVER, b"d", 5, 0), ME)
+    away = address_of(1, 30, 1)
+    [lease] = node.lease(away, redirected=True)
+    node.sent.clear()
+    notice = p.ProcessDied(away, b"", 3, 0, p.DeathCause("CRASHED"))
+    node.tell(notice, GCS_ADDRESS)
+    assert (ME, notice) in node.sent
+    assert node.asked[-1] == p.KillProcess(node.state.by_address[lease.worker].pid, 9)
+    assert node.lease(away, number=9) == []  # MACHINE-4
+
+
+def test_logs_are_followed_on_all_nodes():
+    node = Node()
+    node.see(1, 4)
+    node.tell(p.ProcessStarted(p.ProcessKind.DRIVER, b"d", 5, 0), ME)
+    follow = p.FollowLogs(ME, JOB, True)
+    node.tell(follow, ME)
+    assert node.take(p.FollowLogs, raylet_address(1)) == [follow]
+    node.see(2, 4)
+    assert node.take(p.FollowLogs, raylet_address(2)) == [follow]
+    node.tell(p.ProcessExited(5, 0, p.ProcessKind.DRIVER, ME), 0)
+    assert node.asked[-1] == p.FollowLogs(ME, JOB, False)
+
+
+# ------------------------------------------------------------------ any sequence
+
+OWNERS = [ME, OTHER, address_of(1, 30, 1)]
+steps = st.one_of(
+    st.tuples(st.just("ask"), st.integers(0, 2), st.integers(1, 4), st.sampled_from([0, UNIT, 2 * UNIT]),
+              st.sampled_from(["", "e"]), st.booleans()),
+    st.tuples(st.just("resize"), st.integers(0, 2), st.integers(0, 9), st.integers(0, 2)),
+    st.tuples(st.just("return"), st.integers(0, 9), st.booleans()),
+    st.tuples(st.sampled_from(["block", "unblock", "die"]), st.integers(0, 9)),
+    st.tuples(st.just("actor"), st.integers(1, 3), st.sampled_from([0, UNIT])),
+    st.tuples(st.just("stop"), st.integers(1, 3), st.booleans()),
+    st.tuples(st.just("prepare"), st.integers(1, 3)),
+    st.tuples(st.sampled_from(["commit", "release"]), st.integers(-1, 3)),
+    st.tuples(st.just("owner dies"), st.just(2)),
+    st.tuples(st.just("view"), st.integers(0, 4)),
+    st.tuples(st.just("time"), st.sampled_from([0.01, 1.0, 100.0])),
+)  # fmt: skip
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.lists(steps, max_size=40))
+def test_any_sequence_keeps_the_invariants_and_replays(sequence):
+    """RES-1, LEASE-2, WORKER-1, MACHINE-2."""
+    node = Node({"CPU": 2, "GPU": 1})
+    state = node.state
+    numbers = iter(range(1000))
+    for what, *rest in sequence:
+        living = sorted(state.by_address)
+        if what == "ask":
+            owner, count, cpus, env, redirected = rest
+            node.lease(OWNERS[owner], count, next(numbers), redirected, resources={"CPU": cpus}, runtime_env=env)
+        elif what == "resize":
+            node.tell(p.ResizeLeaseRequest(rest[1], rest[2]), OWNERS[rest[0]])
+        elif what == "return" and state.leases:
+            lease = list(state.leases.values())[rest[0] % len(state.leases)]
+            node.tell(p.ReturnLease(lease.lease_id, rest[1]), lease.owner)
+        elif what in ("block", "unblock", "die") and living:
+            address = living[rest[0] % len(living)]
+            if what == "die":
+                node.exit(address)
+            else:
+                node.tell(p.WorkerBlocked() if what == "block" else p.WorkerUnblocked(), address)
+        elif what == "actor" and bytes([rest[0]]) * 16 not in state.actors | state.waiting_actors:
+            node.tell(p.StartActor(0, actor(rest[0], {"CPU": rest[1]})), GCS_ADDRESS)
+        elif what == "stop":
+            node.tell(p.StopActor(bytes([rest[0]]) * 16, 0, rest[1], "test"), GCS_ADDRESS)
+        elif what == "prepare":
+            node.tell(p.PrepareBundles(GROUP, rest[0], {rest[0]: {"CPU": UNIT}}), GCS_ADDRESS)
+        elif what == "commit":
+            node.tell(p.CommitBundles(GROUP, rest[0]), GCS_ADDRESS)
+        elif what == "release":
+            node.tell(p.ReleaseBundles(GROUP, rest[0]), GCS_ADDRESS)
+        elif what == "owner dies":
+            node.tell(p.ProcessDied(OWNERS[2], b"", 1, 0, p.DeathCause("CRASHED")), GCS_ADDRESS)
+        elif what == "view":
+            node.see(1, 4, free=rest[0])
+        elif what == "time":
+            node.pass_time(rest[0])
+        state.validate()
+    again = RayletState(state.config)
+    again.replay_log(state.log)
+    assert again.snapshot() == state.snapshot()
