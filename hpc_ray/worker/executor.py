@@ -1,0 +1,433 @@
+"""Runs tasks: takes PushTask messages, calls the user's function, sends TaskReply.
+
+Relied on by ``process``. The main thread runs plain tasks and the methods of plain actors one at a time; threaded actors have
+a pool of threads, asyncio actors a loop in the main thread.
+
+EXEC-1 (one answer): each PushTask that is started gets exactly one TaskReply, whatever the user's code does; or the process
+ends, and its end is the answer.
+EXEC-2 (loans end in order): the reply leaves only when every borrowed reference that stays here is registered with its owner.
+EXEC-3 (nobody waits behind a wait): a plain worker whose task blocks gives back the tasks that it has not started.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import inspect
+import os
+import signal
+import sys
+import threading
+import time
+from collections import deque
+from typing import Any
+
+from hpc_ray import serialize
+from hpc_ray.client import context
+from hpc_ray.client.client import Client, Waiter
+from hpc_ray.client.context import LeaveProcess
+from hpc_ray.client.objects import ARENA, ERROR, Entry
+from hpc_ray.exceptions import TaskCancelledError
+from hpc_ray.ids import TaskID
+from hpc_ray.protocol import (
+    ALL_ARGUMENTS,
+    CancelTask,
+    Dependency,
+    ExportFunction,
+    InstallActor,
+    ProcessLeaving,
+    PushTask,
+    Result,
+    Shape,
+    StealTasks,
+    TaskReply,
+    TasksStolen,
+    TerminateActor,
+    UseLease,
+    WorkerBlocked,
+    WorkerUnblocked,
+)
+from hpc_ray.worker.hosting import ActorHost
+from hpc_ray.worker.output import set_job, set_task_name
+from hpc_ray.worker.results import Results
+
+
+class Executor:
+    """See the module's text."""
+
+    def __init__(self, client: Client):
+        self.client = client
+        self.queue: deque[tuple[int, Any]] = deque()  # (sender, PushTask or InstallActor or TerminateActor)
+        self.arrival: Waiter | None = None
+        self.functions: dict[bytes, Any] = {}
+        self.blobs: dict[bytes, bytes] = {}
+        self.running: dict[bytes, Any] = {}  # task id → thread id or asyncio.Task
+        self.cancelled = context.cancelled
+        self.interruptible = b""  # the plain task that KeyboardInterrupt may end now
+        self.actor: context.ActorContext | None = None
+        self.results = Results(self)
+        self.host = ActorHost(self)
+        self.leaving: str | None = None
+        self.names: dict[tuple[bytes, str, bytes], tuple[str, str]] = {}  # what tasks are called
+        self.status = 0  # exit code of the process
+        self.calls: dict[bytes, int] = {}  # function id → runs, for max_calls
+        self.lease = 0  # the lease whose tasks run now
+        self.shape: Any = None
+        self.leases: dict[int, UseLease] = {}
+        self.visible_gpus = os.environ.get("CUDA_VISIBLE_DEVICES")  # of the node
+        client.handlers.update(
+            {
+                ExportFunction: self.on_export_function,
+                PushTask: self.on_push_task,
+                InstallActor: self.on_push_task,
+                TerminateActor: self.on_push_task,
+                StealTasks: self.on_steal_tasks,
+                CancelTask: self.on_cancel_task,
+                UseLease: self.on_use_lease,
+            }
+        )
+        client.interrupts.wanted = lambda: self.interruptible in self.cancelled
+        client.on_blocked = self.on_blocked
+        client.on_unblocked = lambda: self.post(client.raylet, WorkerUnblocked())
+
+    # -------------------------------------------------------------- messages (under the client's lock)
+
+    def on_export_function(self, source: int, message: ExportFunction) -> None:
+        self.blobs[message.function_id] = message.blob
+
+    def on_push_task(self, source: int, message: Any) -> None:
+        self.queue.append((source, message))
+        arrival = self.arrival
+        if arrival is not None:
+            self.arrival = None
+            arrival.finish()
+
+    def on_use_lease(self, source: int, message: UseLease) -> None:
+        self.leases = {message.lease_id: message}  # a worker has one lease at a time
+        if message.shape.job_id != self.client.job_id:
+            self.client.use_job(message.shape.job_id)
+            set_job(message.shape.job_id)
+        context.namespace = message.namespace
+
+    def use_lease(self, lease_id: int) -> None:
+        """Tasks of another lease run from here on."""
+        self.lease = lease_id
+        lease = self.leases.get(lease_id)
+        if lease is not None:
+            self.use_shape(lease.shape)
+            self.use_instances(lease.instances)
+
+    def use_shape(self, shape: Shape) -> None:
+        """What runs from here on runs in this."""
+        self.shape = shape
+        context.captured = shape.group_id if shape.capture_children else b""
+
+    def use_instances(self, instances: dict[str, list[list[int]]]) -> None:
+        if instances == context.instances:
+            return
+        context.instances = instances
+        if "GPU" in instances:
+            names = self.visible_gpus.split(",") if self.visible_gpus else []
+            mine = [names[index] if index < len(names) else str(index) for index, _ in instances["GPU"]]
+            os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(mine)
+        elif self.visible_gpus is None:
+            os.environ.pop("CUDA_VISIBLE_DEVICES", None)
+        else:
+            os.environ["CUDA_VISIBLE_DEVICES"] = self.visible_gpus
+
+    def on_steal_tasks(self, source: int, message: StealTasks) -> None:
+        self.give_back(source, message.lease_id)
+
+    def give_back(self, owner: int, lease_id: int) -> None:
+        """Return the tasks of a lease that have not started (EXEC-3)."""
+        kept: list[tuple[int, Any]] = []
+        returned: list[bytes] = []
+        while True:
+            try:
+                source, item = self.queue.popleft()
+            except IndexError:
+                break
+            if type(item) is PushTask and source == owner and item.lease_id == lease_id and not item.actor_id:
+                returned.append(item.task_id)
+            else:
+                kept.append((source, item))
+        self.queue.extend(kept)
+        self.client.send(owner, TasksStolen(lease_id, returned))
+
+    def on_blocked(self) -> None:
+        client = self.client
+        client.send(client.raylet, WorkerBlocked())
+        if self.actor is None and self.queue:
+            with client.lock:
+                leases = {(source, item.lease_id) for source, item in self.queue if type(item) is PushTask}
+                for owner, lease_id in leases:
+                    self.give_back(owner, lease_id)
+
+    def on_cancel_task(self, source: int, message: CancelTask) -> None:
+        waiting = [item for item in self.queue if type(item[1]) is PushTask and item[1].task_id == message.task_id]
+        if waiting:
+            self.queue.remove(waiting[0])
+            self.client.callbacks.append(lambda: self.reply_cancelled(*waiting[0]))
+            return
+        running = self.running.get(message.task_id)
+        if running is None:
+            return
+        self.cancelled.add(message.task_id)
+        if message.recursive:
+            self.cancel_children(message)
+        if isinstance(running, asyncio.Task):
+            assert self.host.loop is not None
+            self.host.loop.call_soon_threadsafe(running.cancel)
+        elif message.force:
+            self.client.callbacks.append(lambda: _exit_now(1))
+        elif self.actor is None and running == threading.main_thread().ident:
+            _interrupt_main()  # an actor's method is told, by is_canceled(), and decides for itself
+
+    def cancel_children(self, message: CancelTask) -> None:
+        for submitter, calls in ((self.client.tasks, self.client.tasks.tasks), (self.client.actors, self.client.actors.calls)):
+            for task in [task for task in calls.values() if task.parent == message.task_id]:
+                submitter.cancel(task, message.force, True)
+
+    def reply_cancelled(self, source: int, task: PushTask) -> None:
+        error = Result(ERROR, serialize.dumps(TaskCancelledError(TaskID(task.task_id))))
+        self.client.send(source, TaskReply(task.task_id, task.attempt, [error] * abs(task.num_returns), 0))
+
+    # -------------------------------------------------------------- the main thread
+
+    def run(self) -> None:
+        """Run tasks until the process is to leave."""
+        client = self.client
+        queue = self.queue
+        while self.leaving is None:
+            if queue:
+                source, item = queue.popleft()
+                if type(item) is PushTask:
+                    self.execute(source, item)
+                elif type(item) is InstallActor:
+                    self.host.install_actor(item)
+                    if self.host.pools or self.host.loop:
+                        break
+                else:
+                    self.leaving = item.reason or "terminated"
+                continue
+            client.work_off_released()
+            waiter = self.arrival = Waiter()
+            if queue:
+                self.arrival = None
+                continue
+            client._drain(waiter, None)
+            if client.broken is not None:
+                return
+        if self.host.loop is not None:
+            self.host.run_async_actor()
+        elif self.host.pools:
+            self.host.run_threaded_actor()
+
+    def next_item(self) -> tuple[int, Any]:
+        """The next message for the main thread. Blocks."""
+        while True:
+            try:
+                return self.queue.popleft()
+            except IndexError:
+                pass
+            waiter = self.arrival = Waiter()
+            if not self.queue:
+                self.client._drain(waiter, None)
+            if self.client.broken is not None or self.leaving is not None:
+                return 0, TerminateActor(self.leaving or "the node ended")
+
+    # -------------------------------------------------------------- one task
+
+    def function(self, function_id: bytes) -> Any:
+        function = self.functions.get(function_id)
+        if function is None:
+            function = self.functions[function_id] = serialize.loads(self.blobs[function_id])
+        return function
+
+    def arguments(self, task: Any) -> tuple[tuple, dict, list[Entry]]:
+        """Positional and keyword arguments of a task, and the references that came with them on loan. Blocks for
+        dependencies that are on other nodes.
+
+        Raises:
+            RayError: a dependency cannot be had."""
+        client = self.client
+        loans: list[Entry] = []
+        data = task.arguments
+        if not task.dependencies:
+            (args, kwargs), loans = client.load_with_loans(data)
+            return args, kwargs, loans
+        values = [(dependency.slot, *self.dependency(dependency)) for dependency in task.dependencies]
+        for _, _, more in values:
+            loans += more
+        if values[0][0] == ALL_ARGUMENTS:
+            args, kwargs = values.pop(0)[1]
+        else:
+            (args, kwargs), more = client.load_with_loans(data)
+            loans += more
+        if values:
+            args = list(args)
+            for slot, value, _ in values:
+                if isinstance(slot, int):
+                    args[slot] = value
+                else:
+                    kwargs[slot] = value
+        return args, kwargs, loans
+
+    def dependency(self, dependency: Dependency) -> tuple[Any, list[Entry]]:
+        client = self.client
+        result = dependency.result
+        if result.kind != ARENA:
+            value, loans = client.load_with_loans(result.payload)
+            if result.kind == ERROR:
+                raise value
+            return value, loans
+        here = client.node
+        for node, handle in dependency.places:
+            if node == here:
+                pin = client.store.get(handle)
+                if pin is not None:
+                    return client.load_with_loans(pin)
+        with client.lock:  # on another node: borrow it, on the caller's loan, and wait for a copy
+            entry = client.objects.meet(dependency.object_id)
+            entry.count += 1
+            if not entry.owned:
+                client.objects.set_result(entry, result, [list(place) for place in dependency.places if place[0] != here])
+        try:
+            client.make_available([entry], None)
+            local = client.objects.local_handle(entry)
+            pin = client.store.get(local) if local is not None else None
+            if pin is None:
+                value = client.load(entry)
+                return value, []
+            return client.load_with_loans(pin)
+        finally:
+            with client.lock:
+                client.objects.release(entry)
+
+    def execute(self, source: int, task: PushTask) -> None:
+        """Run a task to its end in this thread, and reply."""
+        started = time.perf_counter_ns()
+        if task.lease_id != self.lease:
+            self.use_lease(task.lease_id)
+        current = self.context_of(task)
+        token = context.task.set(current)
+        self.running[task.task_id] = threading.get_ident()
+        if not task.actor_id:
+            set_task_name(task.name)
+        loans: list[Entry] = []
+        try:
+            self.interruptible = b"" if task.actor_id else task.task_id
+            try:
+                args, kwargs, loans = self.arguments(task)
+                if task.actor_id:
+                    value = self.host.method_of(task)(*args, **kwargs)
+                else:
+                    value = self.function(task.function_id)(*args, **kwargs)
+                args = kwargs = None  # type: ignore[assignment]
+                if inspect.iscoroutine(value):
+                    value = asyncio.run(_await(value))
+            finally:
+                self.running.pop(task.task_id, None)
+            if task.num_returns < 0 and inspect.isgenerator(value):
+                self.running[task.task_id] = threading.get_ident()
+                results = self.results.send_items(source, task, value)
+            else:
+                results = self.results.pack_results(source, task, value)
+            retryable = False
+            value = None
+            if self.cancelled and task.actor_id and task.task_id in self.cancelled:
+                raise KeyboardInterrupt
+            self.interruptible = b""
+        except (LeaveProcess, SystemExit) as error:
+            self.interruptible = b""
+            args = kwargs = value = None  # type: ignore[assignment]
+            self.leave_by(error)
+            return
+        except BaseException as error:
+            self.interruptible = b""
+            args = kwargs = value = None  # type: ignore[assignment]
+            results, retryable = self.results.pack_error(task, error)
+        finally:
+            context.task.reset(token)
+        if self.cancelled:
+            self.cancelled.discard(task.task_id)  # too late
+        self.reply(source, task, results, loans, time.perf_counter_ns() - started, retryable)
+
+    def context_of(self, task: PushTask) -> context.TaskContext:
+        """What user code can ask about the task it runs in."""
+        names = self.names.get((task.function_id, task.name, task.extras))
+        if names is None:
+            extras = self.extras(task.extras) if task.extras else {}
+            if self.actor is not None:
+                function_name = f"{self.actor.spec.class_name}.{task.name}"
+                names = extras.get("task_name") or function_name, function_name
+            else:
+                try:
+                    function = self.function(task.function_id)
+                    names = task.name, f"{function.__module__}.{function.__qualname__}"
+                except Exception:  # it fails again where that is the task's error
+                    names = task.name, task.name
+            self.names[task.function_id, task.name, task.extras] = names
+        return context.TaskContext(task.task_id, *names, task.attempt, self.shape)
+
+    def reply(
+        self, source: int, task: PushTask, results: list[Result], loans: list[Entry], nanoseconds: int, retryable: bool
+    ) -> None:
+        client = self.client
+        retiring = False
+        if task.extras:
+            limit = self.extras(task.extras).get("max_calls", 0)
+            if limit:
+                count = self.calls[task.function_id] = self.calls.get(task.function_id, 0) + 1
+                retiring = count >= limit
+                if retiring:
+                    self.leaving = "max_calls"
+        message = TaskReply(task.task_id, task.attempt, results, nanoseconds, retryable, retiring)
+        if not loans and not client.objects.unacknowledged:
+            client.send(source, message)
+            return
+        client.work_off_released()
+        with client.lock:
+            client.objects.register(loans)
+            due = set(client.objects.unacknowledged)
+            client.objects.when_acknowledged(due, lambda: self.post(source, message))
+
+    def post(self, destination: int, message: Any) -> None:
+        """Send; a dead destination needs no message."""
+        self.client.send(destination, message)
+
+    def extras(self, data: bytes) -> dict[str, Any]:
+        found = self.functions.get(data)
+        if found is None:
+            found = self.functions[data] = serialize.loads(data)
+        return found
+
+    def leave_by(self, error: BaseException) -> None:
+        """User code wants this process to end, by ``exit_actor`` or ``sys.exit``."""
+        if isinstance(error, SystemExit):
+            code = error.code
+            self.status = code if isinstance(code, int) else int(code is not None)
+            if isinstance(code, str):
+                print(code, file=sys.stderr)
+            self.leaving = f"sys.exit({code!r})"
+        else:
+            self.leaving = str(error) or "exit_actor"
+
+    def leave(self) -> None:
+        """Say goodbye, so that the end of this process is no crash; unless user code wants it to be one."""
+        if self.status:
+            return
+        self.client.send(self.client.raylet, ProcessLeaving(self.leaving or ""))
+
+
+async def _await(value: Any) -> Any:
+    return await value
+
+
+def _interrupt_main() -> None:
+    signal.pthread_kill(threading.main_thread().ident, signal.SIGINT)  # type: ignore[arg-type]
+
+
+def _exit_now(status: int) -> None:
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)

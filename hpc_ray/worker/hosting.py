@@ -1,0 +1,227 @@
+"""Actors in a worker: their making, and how their calls run when it is not one at a time.
+
+Used by ``executor``, whose main thread runs plain actors itself.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import inspect
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import TYPE_CHECKING, Any
+
+from hpc_ray import serialize
+from hpc_ray.client import context
+from hpc_ray.client.client import Waiter
+from hpc_ray.client.context import LeaveProcess
+from hpc_ray.client.objects import ARENA, Entry
+from hpc_ray.exceptions import AsyncioActorExit
+from hpc_ray.ids import GCS_ADDRESS
+from hpc_ray.protocol import ActorInitFailed, ActorReady, DeathCause, InstallActor, PushTask, Result
+from hpc_ray.worker.output import set_job, set_task_name
+from hpc_ray.worker.results import dump_error
+
+if TYPE_CHECKING:
+    from hpc_ray.worker.executor import Executor
+
+
+class ActorHost:
+    """The actor that a worker may become."""
+
+    def __init__(self, executor: Executor):
+        self.executor = executor
+        self.client = executor.client
+        self.results = executor.results
+        self.pools: dict[str, ThreadPoolExecutor] = {}  # threaded actors, by concurrency group
+        self.methods: dict[str, Any] = {}
+        self.loop: asyncio.AbstractEventLoop | None = None  # asyncio actors
+
+    def method_of(self, task: PushTask) -> Callable:
+        """The actor's method that a task calls.
+
+        Raises:
+            ValueError: it asks for a concurrency group that the actor does not have.
+        """
+        method = self.methods.get(task.name)
+        if method is None:
+            assert self.executor.actor is not None
+            method = self.methods[task.name] = getattr(self.executor.actor.instance, task.name)
+        if task.extras:
+            assert self.executor.actor is not None
+            group, known = self.executor.extras(task.extras).get("concurrency_group"), self.executor.actor.spec.concurrency_groups
+            if group and group not in known:
+                raise ValueError(
+                    f"actor {self.executor.actor.spec.class_name} has no concurrency group {group!r}; it has {sorted(known)}"
+                )
+        return method
+
+    def install_actor(self, message: InstallActor) -> None:
+        """Become an actor: run its constructor, tell the GCS."""
+        client = self.client
+        spec = message.spec
+        self.executor.actor = context.ActorContext(spec, message.attempt, client.address)
+        context.set_actor(self.executor.actor)
+        context.namespace = spec.namespace
+        client.use_job(spec.job_id)
+        set_job(spec.job_id)
+        self.executor.use_shape(spec.shape)
+        self.executor.use_instances(message.instances)
+        set_task_name(spec.class_name)
+        current = context.TaskContext(
+            spec.creation_task_id, f"{spec.class_name}.__init__", f"{spec.class_name}.__init__", message.attempt, spec.shape
+        )
+        token = context.task.set(current)
+        loans: list[Entry] = []
+        try:
+            cls = self.executor.functions[spec.class_id] = serialize.loads(spec.class_blob)
+            args, kwargs, loans = self.executor.arguments(spec)
+            self.executor.actor.instance = cls.__new__(cls)
+            if spec.is_async:
+                self.loop = asyncio.new_event_loop()
+                asyncio.set_event_loop(self.loop)
+            self.executor.actor.instance.__init__(*args, **kwargs)
+            args = kwargs = None  # type: ignore[assignment]
+        except BaseException as error:
+            if isinstance(error, LeaveProcess):
+                self.executor.leaving = str(error)
+            failure = self.results.describe("__init__", error)
+            cause = DeathCause("INIT_FAILED", str(failure), dump_error(failure), pid=client.pid)
+            client.send(GCS_ADDRESS, ActorInitFailed(spec.actor_id, message.attempt, cause))
+            self.executor.leaving = "the constructor failed"
+            return
+        finally:
+            context.task.reset(token)
+        if not spec.is_async and (spec.max_concurrency > 1 or spec.concurrency_groups):
+            self.pools[""] = ThreadPoolExecutor(spec.max_concurrency, thread_name_prefix=spec.class_name)
+            for name, size in spec.concurrency_groups.items():
+                self.pools[name] = ThreadPoolExecutor(size, thread_name_prefix=name)
+        client.work_off_released()
+        with client.lock:
+            client.objects.register(loans)
+            due = set(client.objects.unacknowledged)
+            ready = ActorReady(spec.actor_id, message.attempt, client.address)
+            client.objects.when_acknowledged(due, lambda: self.executor.post(GCS_ADDRESS, ready))
+
+    def group_of(self, task: PushTask) -> str:
+        if task.extras:
+            group = self.executor.extras(task.extras).get("concurrency_group", "")
+            if group:
+                return group
+        assert self.executor.actor is not None
+        function = getattr(type(self.executor.actor.instance), task.name, None)
+        return getattr(function, "__ray_concurrency_group__", "")
+
+    def run_threaded_actor(self) -> None:
+        while self.executor.leaving is None:
+            source, item = self.executor.next_item()
+            if type(item) is not PushTask:
+                self.executor.leaving = getattr(item, "reason", "") or "terminated"
+                break
+            pool = self.pools.get(self.group_of(item)) or self.pools[""]
+            pool.submit(self.execute_in_thread, source, item)
+        for pool in self.pools.values():
+            pool.shutdown(wait=True)
+
+    def execute_in_thread(self, source: int, task: PushTask) -> None:
+        self.executor.execute(source, task)
+        if self.executor.leaving is not None:
+            arrival = self.executor.arrival
+            if arrival is not None:
+                arrival.finish()
+            self.client.lane.wake()
+
+    def run_async_actor(self) -> None:
+        """The loop is the main thread's; the background thread drains and hands calls over in batches."""
+        loop = self.loop
+        assert loop is not None and self.executor.actor is not None
+        spec = self.executor.actor.spec
+        limits = {"": asyncio.Semaphore(spec.max_concurrency)}
+        limits.update({name: asyncio.Semaphore(size) for name, size in spec.concurrency_groups.items()})
+        alive: set[asyncio.Task] = set()
+        stopped = asyncio.Event()
+
+        def start() -> None:
+            while self.executor.queue:
+                source, item = self.executor.queue.popleft()
+                if type(item) is not PushTask:
+                    self.executor.leaving = getattr(item, "reason", "") or "terminated"
+                    stopped.set()
+                    return
+                job = loop.create_task(self.execute_async(source, item, limits))
+                alive.add(job)
+                job.add_done_callback(alive.discard)
+            waiter = self.executor.arrival = _Soon(loop, start)
+            if self.executor.queue:
+                waiter.finish()
+
+        async def live() -> None:
+            start()
+            while self.executor.leaving is None:
+                stopper = asyncio.ensure_future(stopped.wait())
+                await asyncio.wait([stopper], return_when=asyncio.FIRST_COMPLETED)
+            if alive:
+                await asyncio.wait(list(alive))
+
+        self.stopped = stopped
+        self.client.on_blocked = None
+        self.client.lane.eager += 1
+        self.client.lane.wake_background()
+        try:
+            loop.run_until_complete(live())
+        finally:
+            self.client.lane.eager -= 1
+
+    async def execute_async(self, source: int, task: PushTask, limits: dict[str, asyncio.Semaphore]) -> None:
+        """Run a call of an asyncio actor to its end, and reply."""
+        job = asyncio.current_task()
+        assert job is not None
+        self.executor.running[task.task_id] = job
+        loans: list[Entry] = []
+        started = time.perf_counter_ns()
+        try:
+            async with limits.get(self.group_of(task)) or limits[""]:
+                started = time.perf_counter_ns()
+                context.task.set(self.executor.context_of(task))
+                results, loans = await self.call_async(source, task)
+            retryable = False
+        except (LeaveProcess, AsyncioActorExit, SystemExit) as error:
+            self.executor.leave_by(error)
+            self.stopped.set()
+            return
+        except BaseException as error:
+            results, retryable = self.results.pack_error(task, error)
+        finally:
+            self.executor.running.pop(task.task_id, None)
+        self.executor.reply(source, task, results, loans, time.perf_counter_ns() - started, retryable)
+
+    async def call_async(self, source: int, task: PushTask) -> tuple[list[Result], list[Entry]]:
+        if any(d.result.kind == ARENA and d.result.node != self.client.node for d in task.dependencies):
+            assert self.loop is not None
+            args, kwargs, loans = await self.loop.run_in_executor(None, self.executor.arguments, task)
+        else:
+            args, kwargs, loans = self.executor.arguments(task)
+        value = self.method_of(task)(*args, **kwargs)
+        del args, kwargs
+        if inspect.isawaitable(value):
+            value = await value
+        if inspect.isasyncgen(value):
+            return await self.results.send_items_async(source, task, value), loans
+        if task.num_returns < 0 and inspect.isgenerator(value):
+            return self.results.send_items(source, task, value), loans
+        return self.results.pack_results(source, task, value), loans
+
+
+class _Soon(Waiter):
+    """An arrival that wakes an asyncio loop."""
+
+    __slots__ = ("loop", "then")
+
+    def __init__(self, loop: asyncio.AbstractEventLoop, then: Callable[[], None]):
+        super().__init__()
+        self.loop = loop
+        self.then = then
+
+    def finish(self) -> None:
+        self.loop.call_soon_threadsafe(self.then)

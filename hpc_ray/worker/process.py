@@ -1,0 +1,90 @@
+"""A worker process from its fork to its end."""
+
+from __future__ import annotations
+
+import atexit
+import os
+import signal
+import sys
+import traceback
+
+from setproctitle import setproctitle
+
+from hpc_ray._core import Segment
+from hpc_ray.client import context
+from hpc_ray.client.client import Client
+from hpc_ray.config import NodeConfig
+from hpc_ray.protocol import ProcessKind
+from hpc_ray.worker.executor import Executor
+from hpc_ray.worker.output import name_streams
+
+
+def main(segment: Segment, config: NodeConfig, token: int) -> None:
+    """Run a worker in this freshly forked process; does not return.
+
+    Leaves by ``os._exit``: the handlers that user code registered with ``atexit`` run when the end is orderly, and not when the
+    process was told to die."""
+    status = 1
+    try:
+        status = _live(segment, config, token)
+    except KeyboardInterrupt:
+        status = 130
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        _flush()
+        os._exit(status)
+
+
+def _live(segment: Segment, config: NodeConfig, token: int) -> int:
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    setproctitle("hpc_ray::idle")
+    name_streams()
+    for entry in reversed(config.python_path):
+        if entry not in sys.path:
+            sys.path.insert(0, entry)
+    if config.working_dir:
+        try:
+            os.chdir(config.working_dir)
+        except OSError as error:
+            print(f"hpc_ray: the driver's folder cannot be entered here: {error}", file=sys.stderr)
+    lane = segment.open_lane()
+    worker_id = os.urandom(28)
+    client = Client(segment, lane, config, ProcessKind.WORKER, worker_id, os.getpid(), token)
+    context.set_client(client)
+    context.is_worker = True
+    executor = Executor(client)
+    signal.signal(signal.SIGINT, client.interrupts.on_signal)  # cancel uses it
+    client.on_shutdown = lambda reason: _on_shutdown(executor, reason)
+    client.connect(config.settings.start_timeout_s)
+    executor.run()
+    executor.leave()
+    atexit._run_exitfuncs()
+    _flush()
+    client.close()
+    client.lane.close()
+    return executor.status
+
+
+def _on_shutdown(executor: Executor, reason: str) -> None:
+    """The session ends: an idle worker leaves in order, a busy one at once."""
+    if executor.running:
+        executor.leave()
+        executor.client.lane.flush()
+        _flush()
+        os._exit(0)
+    executor.leaving = reason or "the session ended"
+    executor.client.fail(RuntimeError(reason or "the session ended"))
+    if executor.host.loop is not None:
+        executor.host.loop.call_soon_threadsafe(executor.host.stopped.set)
+    arrival = executor.arrival
+    if arrival is not None:
+        arrival.finish()
+
+
+def _flush() -> None:
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except (OSError, ValueError):
+            pass

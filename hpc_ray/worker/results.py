@@ -1,0 +1,239 @@
+"""What a task gave, on its way to the caller: values, items of a stream, errors.
+
+Used by ``executor`` and ``hosting``.
+"""
+
+from __future__ import annotations
+
+import inspect
+import traceback
+from typing import TYPE_CHECKING, Any
+
+from hpc_ray import serialize
+from hpc_ray.client.client import Waiter
+from hpc_ray.client.context import LeaveProcess
+from hpc_ray.client.objects import ERROR
+from hpc_ray.client.streams import DYNAMIC
+from hpc_ray.exceptions import AsyncioActorExit, RayError, RayTaskError, TaskCancelledError, UnserializableException
+from hpc_ray.ids import TaskID, object_id_of
+from hpc_ray.protocol import ItemsConsumed, PushTask, Result, TaskItem
+
+if TYPE_CHECKING:
+    from hpc_ray.worker.executor import Executor
+
+
+class Flow:
+    """How far a stream may run ahead of its consumer."""
+
+    __slots__ = ("consumed", "limit", "waiter")
+
+    def __init__(self, limit: int):
+        self.limit = limit
+        self.consumed = 0
+        self.waiter: Waiter | None = None
+
+    def wait_after(self, sent: int) -> Waiter | None:
+        """A waiter if that many items sent is enough for now."""
+        if self.consumed < 0 or sent - self.consumed < self.limit:
+            return None
+        self.waiter = Waiter()
+        if self.consumed < 0 or sent - self.consumed < self.limit:
+            return None
+        return self.waiter
+
+    def consume(self, count: int) -> None:
+        self.consumed = count if count < 0 or self.consumed < 0 else max(self.consumed, count)
+        if self.waiter is not None:
+            self.waiter.finish()
+
+
+class Results:
+    """Packs what the tasks of one worker give."""
+
+    def __init__(self, executor: Executor):
+        self.executor = executor
+        self.client = executor.client
+        self.flows: dict[bytes, Flow] = {}  # streams that wait for their consumer
+        self.client.handlers[ItemsConsumed] = self.on_items_consumed
+
+    def pack_results(self, source: int, task: PushTask, value: Any) -> list[Result]:
+        count = task.num_returns
+        if inspect.isgenerator(value) and count > 0:
+            return self.pack_generated(source, task, value)
+        if count == 1:
+            return [self.pack(source, task, 0, value)]
+        if count == 0:
+            return []
+        try:
+            values = list(value)
+        except TypeError:
+            raise TypeError(
+                f"{task.name} has num_returns={count}, so it must return that many values; it returned a {type(value).__name__}"
+            ) from None
+        if len(values) != count:
+            more = "more" if len(values) > count else "fewer"
+            raise ValueError(
+                f"Task {task.name} returned {more} than num_returns={count} objects ({len(values)}): "
+                "the number of values and num_returns must agree"
+            )
+        return [self.pack(source, task, i, item) for i, item in enumerate(values)]
+
+    def pack_generated(self, source: int, task: PushTask, generator: Any) -> list[Result]:
+        """The items of a generator as a fixed number of results; the error that ended it stands for those that are missing."""
+        results: list[Result] = []
+        try:
+            for item in generator:
+                results.append(self.pack(source, task, len(results), item))
+                if len(results) == task.num_returns:
+                    break
+            else:
+                raise ValueError(f"{task.name} yielded {len(results)} items, but num_returns={task.num_returns}")
+        except (LeaveProcess, SystemExit):
+            raise
+        except BaseException as error:
+            failed = self.pack_error(task, error)[0][0]
+            results += [failed] * (task.num_returns - len(results))
+        return results
+
+    def send_items(self, source: int, task: PushTask, generator: Any) -> list[Result]:
+        """Run a generator, sending each item; what the reply holds: nothing, or the error that ended it. Blocks while the
+        consumer is behind."""
+        flow = self.flow_of(task)
+        first = 1 if task.num_returns == DYNAMIC else 0
+        index = 0
+        try:
+            try:
+                for item in generator:
+                    self.client.send(
+                        source, TaskItem(task.task_id, task.attempt, index, self.pack(source, task, first + index, item))
+                    )
+                    index += 1
+                    item = None
+                    if flow is not None:
+                        while (waiter := flow.wait_after(index)) is not None:
+                            self.client.block(waiter)
+                return []
+            finally:
+                self.executor.running.pop(task.task_id, None)
+                self.flows.pop(task.task_id, None)
+        except (LeaveProcess, SystemExit):
+            raise
+        except BaseException as error:
+            if self.wants_retry(task, error):
+                raise
+            return self.pack_error(task, error)[0]
+
+    def flow_of(self, task: PushTask) -> Flow | None:
+        limit = self.executor.extras(task.extras).get("backpressure", 0) if task.extras else 0
+        if not limit:
+            return None
+        flow = self.flows[task.task_id] = Flow(limit)
+        return flow
+
+    async def send_items_async(self, source: int, task: PushTask, generator: Any) -> list[Result]:
+        """``send_items`` for an asynchronous generator."""
+        flow = self.flow_of(task)
+        first = 1 if task.num_returns == DYNAMIC else 0
+        index = 0
+        assert self.executor.host.loop is not None
+        try:
+            async for item in generator:
+                result = self.pack(source, task, first + index, item)
+                self.client.send(source, TaskItem(task.task_id, task.attempt, index, result))
+                index += 1
+                if flow is not None:
+                    while (waiter := flow.wait_after(index)) is not None:
+                        await self.executor.host.loop.run_in_executor(None, self.client.block, waiter)
+            return []
+        except BaseException as error:
+            if isinstance(error, (LeaveProcess, AsyncioActorExit, SystemExit)) or self.wants_retry(task, error):
+                raise
+            return self.pack_error(task, error)[0]
+        finally:
+            self.flows.pop(task.task_id, None)
+
+    def on_items_consumed(self, source: int, message: ItemsConsumed) -> None:
+        flow = self.flows.get(message.task_id)
+        if flow is not None:
+            flow.consume(message.count)
+
+    def pack(self, source: int, task: PushTask, index: int, value: Any) -> Result:
+        client = self.client
+        try:
+            serialized = serialize.serialize(value)
+        except Exception as error:
+            where = serialize.explain(value, "result")
+            raise TypeError(
+                f"Could not serialize the return value of {task.name}: {error}. The part at fault: {where}"
+            ) from error
+        result = client.store_value(object_id_of(task.task_id, index), serialized, source)
+        if serialized.contained:
+            entries = [reference._entry for reference in serialized.contained]
+            with client.lock:
+                client.objects.introduce(entries, source)
+            result = Result(result.kind, result.payload, result.node, result.handle, result.size, [entry.id for entry in entries])
+        return result
+
+    def pack_error(self, task: PushTask, error: BaseException) -> tuple[list[Result], bool]:
+        if task.task_id in self.executor.cancelled or isinstance(error, KeyboardInterrupt):
+            self.executor.cancelled.discard(task.task_id)
+            failure: BaseException = TaskCancelledError(TaskID(task.task_id))
+            retryable = False
+        else:
+            failure = self.describe(task.name, error)
+            retryable = self.wants_retry(task, error)
+        traceback.clear_frames(error.__traceback__)
+        data = dump_error(failure)
+        return [Result(ERROR, data)] * abs(task.num_returns), retryable
+
+    def wants_retry(self, task: PushTask, error: BaseException) -> bool:
+        if not task.extras:
+            return False
+        wish = self.executor.extras(task.extras).get("retry_exceptions", False)
+        return wish if isinstance(wish, bool) else isinstance(error, tuple(wish))
+
+    def describe(self, name: str, error: BaseException) -> BaseException:
+        """The error as the caller shall see it."""
+        client = self.client
+        assert client.welcome is not None
+        where = f"hpc_ray::{name}() (pid={client.pid}, ip={client.welcome.ip})"
+        if self.executor.actor is not None and self.executor.actor.instance is not None:
+            where = f"hpc_ray::{type(self.executor.actor.instance).__name__}.{name}() (pid={client.pid}, ip={client.welcome.ip})"
+        text = where + "\n" + _user_traceback(error)
+        return RayTaskError(
+            name,
+            text,
+            error,
+            proctitle=f"hpc_ray::{name}",
+            pid=client.pid,
+            ip=client.welcome.ip,
+            actor_id=self.executor.actor.spec.actor_id.hex() if self.executor.actor is not None else None,
+        )
+
+
+_OWN_FILES = __file__.rpartition("/")[0] + "/"
+
+
+def _user_traceback(error: BaseException) -> str:
+    """The traceback without the runtime's own frames."""
+    trace = error.__traceback__
+    while trace is not None and trace.tb_frame.f_code.co_filename.startswith(_OWN_FILES):
+        trace = trace.tb_next
+    return "".join(traceback.format_exception(type(error), error, trace))
+
+
+def dump_error(error: BaseException) -> bytes:
+    """An error as bytes that can certainly be read: as text, where its class does not travel or cannot be made again."""
+    text = str(error)
+    try:
+        data = serialize.dumps(error)
+    except Exception:
+        if isinstance(error, RayTaskError):
+            reason = RayError(f"the exception itself cannot be pickled; its text:\n{text}")
+            return serialize.dumps(RayTaskError(error.function_name, text, reason, error.proctitle, error.pid, error.ip))
+        return serialize.dumps(UnserializableException(text))
+    try:
+        serialize.loads(data)
+    except Exception:
+        return serialize.dumps(UnserializableException(text))
+    return data

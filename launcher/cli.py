@@ -1,0 +1,326 @@
+"""The command line: ``hpc-ray run``, ``start``, ``stop``, ``status``.
+
+``run`` is two things. Outside of an MPI job it starts one (mpirun, this program in each rank) and stays as its supervisor; inside
+of one it is a rank. The exit code is the script's in both.
+
+CLI-1 (nothing stays): mpirun dies with this process, ranks die with mpirun, nodes with their ranks.
+CLI-2 (exit code): mpirun's is not believed; rank 0 reports the script's over a socket of our own.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from typing import Any, NoReturn
+
+import click
+
+from hpc_ray import _core
+from hpc_ray.config import Settings
+from hpc_ray.exceptions import RayError
+from hpc_ray.ids import GCS_ADDRESS
+from hpc_ray.launcher import channel, local, session, world
+from hpc_ray.protocol import UNIT, Answer, ProcessLeaving, Query, decode, encode
+from hpc_ray.version import __version__
+
+_END_S = 10.0
+
+
+def _fail(text: str, code: int = 1) -> NoReturn:
+    click.echo(f"hpc-ray: {text}", err=True)
+    sys.exit(code)
+
+
+def _fail_silently(place: world.Rank | None) -> NoReturn:
+    """Another rank says why."""
+    world.let_rank_zero_speak(place.rank if place is not None else 0)
+    sys.exit(2)
+
+
+def _json_object(context: click.Context, parameter: click.Parameter, value: str | None) -> dict[str, float] | None:
+    if value is None:
+        return None
+    try:
+        found = json.loads(value)
+        if not isinstance(found, dict):
+            raise ValueError("not an object")
+        return {str(name): float(amount) for name, amount in found.items()}
+    except (ValueError, TypeError) as error:
+        raise click.BadParameter(f"a JSON object of numbers is needed, like '{{\"disk\": 2}}': {error}") from None
+
+
+def _amounts(command: Any) -> Any:
+    """Options for what a node has."""
+    for option in (
+        click.option("--num-cpus", type=float, help="CPUs of each node (default: all, divided among virtual nodes)."),
+        click.option("--num-gpus", type=float, help="GPUs of each node (default: all, divided)."),
+        click.option("--resources", callback=_json_object, help="Custom resources of each node, as JSON."),
+        click.option("--memory", type=int, help="Bytes of memory for tasks on each node."),
+        click.option("--object-store-memory", type=int, help="Bytes of each node's object store."),
+    ):
+        command = option(command)
+    return command
+
+
+@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, prog_name="hpc-ray")
+def cli() -> None:
+    """Ray's programming model for MPI and Slurm machines."""
+
+
+# ------------------------------------------------------------------ run
+
+
+@cli.command(context_settings={"ignore_unknown_options": False, "allow_interspersed_args": False})
+@click.option("-n", "--ranks", type=int, help="Ranks to start with mpirun; the lowest of each host leads its node.")
+@click.option("--nodes", type=int, help="Nodes; on one host these are virtual ones (default: one for each host).")
+@_amounts
+@click.option("-q", "--quiet", is_flag=True, help="Do not print the roster.")
+@click.option("--mpirun-option", "mpirun_options", multiple=True, help="Passed to mpirun as it is; may be repeated.")
+@click.argument("script")
+@click.argument("arguments", nargs=-1, type=click.UNPROCESSED)
+def run(
+    ranks: int | None,
+    nodes: int | None,
+    quiet: bool,
+    mpirun_options: tuple[str, ...],
+    script: str,
+    arguments: tuple[str, ...],
+    **options: Any,
+) -> None:
+    """Run SCRIPT as the driver of a cluster: on this host, over mpirun, or in the ranks of an MPI job."""
+    place = world.discover()
+    say = place is None or place.rank == 0
+    if not os.path.isfile(script):
+        what = "is a folder" if os.path.isdir(script) else "does not exist"
+        if say:
+            _fail(f"the script {script!r} {what} (working directory {os.getcwd()})", 2)
+        _fail_silently(place)
+    if nodes is not None and nodes < 1:
+        if say:
+            _fail(f"--nodes must be at least 1, it is {nodes}", 2)
+        _fail_silently(place)
+    if place is not None and place.size > 1:
+        if ranks is not None and ranks != place.size:
+            if say:
+                _fail(
+                    f"-n {ranks} was given inside an MPI job of {place.size} ranks ({place.launcher}); leave out -n here, or "
+                    "start `hpc-ray run -n` without mpirun",
+                    2,
+                )
+            _fail_silently(place)
+        plan = _plan(options, nodes, place.size, quiet, script, arguments)
+        world.become_link(plan)
+    wanted = ranks or nodes or 1
+    if nodes is not None and nodes > wanted:
+        _fail(f"{nodes} nodes need at least as many ranks, but -n is {wanted}", 2)
+    if wanted == 1:
+        _exec_script(script, arguments, options)
+    world.check_ranks(wanted)
+    sys.exit(_supervise(wanted, _plan(options, nodes, wanted, quiet, script, arguments), list(mpirun_options)))
+
+
+def _plan(
+    options: dict[str, Any], nodes: int | None, ranks: int, quiet: bool, script: str, arguments: tuple[str, ...]
+) -> dict[str, Any]:
+    inherited = os.environ.get("PYTHONPATH", "").split(os.pathsep)
+    folder = os.path.dirname(os.path.realpath(script))
+    return world.make_plan(
+        options,
+        nodes=nodes,
+        world=ranks,
+        quiet=quiet,
+        script=[script, *arguments],
+        python_path=[folder, *(path for path in inherited if path)],
+    )
+
+
+def _exec_script(script: str, arguments: tuple[str, ...], options: dict[str, Any]) -> NoReturn:
+    """One node: no MPI; the script starts it by itself in ``init()``."""
+    variables = session.scrubbed_environment()
+    given = {name: value for name, value in options.items() if value is not None}
+    if given:
+        variables[local.OPTIONS_VARIABLE] = json.dumps(given)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os.execve(sys.executable, [sys.executable, script, *arguments], variables)
+
+
+def _supervise(ranks: int, plan: dict[str, Any], extra: list[str]) -> int:
+    """Runs mpirun to its end; the script's exit code."""
+    mpirun = world.find_mpirun()
+    listener, plan["report"] = world.listen()
+    listener.setblocking(False)
+    variables = world.under_root(dict(os.environ))
+    variables[world.PLAN_VARIABLE] = json.dumps(plan)
+    parent = os.getpid()
+
+    def before_exec() -> None:
+        _core.set_parent_death_signal(signal.SIGKILL)
+        if os.getppid() != parent:
+            os._exit(1)
+
+    stopped: list[int] = []
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, lambda received, frame: stopped.append(received))
+    child = subprocess.Popen(
+        world.mpirun_command(mpirun, ranks, world.LINK_COMMAND, extra),
+        env=variables,
+        preexec_fn=before_exec,  # noqa: PLW1509  this program has no threads
+    )
+    report: socket.socket | None = None
+    code: int | None = None
+    asked = False
+    while True:
+        if report is None:
+            try:
+                report, _ = listener.accept()
+                report.setblocking(False)
+            except BlockingIOError:
+                pass
+        elif code is None:
+            try:
+                note, _ = channel.receive_note(report)
+                code = int(note["exit"]) if note is not None else 137
+            except BlockingIOError:
+                pass
+        if stopped and not asked:
+            asked = True
+            child.send_signal(signal.SIGTERM)
+        try:
+            status = child.wait(0.02)
+            break
+        except subprocess.TimeoutExpired:
+            pass
+        if code is not None and stopped:
+            world.end_process(child, 5.0)
+    if report is not None and code is None:
+        try:
+            note, _ = channel.receive_note(report)
+            code = int(note["exit"]) if note is not None else 137
+        except (OSError, ValueError):
+            code = 137
+    _wait_for_nodes(plan)
+    if stopped:
+        return 128 + stopped[0]
+    if code is not None:
+        if code == 137 and status == 0:
+            click.echo("hpc-ray: rank 0 was killed", err=True)
+        return code
+    return status if status > 0 else 128 - status if status < 0 else 1
+
+
+def _wait_for_nodes(plan: dict[str, Any]) -> None:
+    """Nodes on this host end with their links; what they left is swept."""
+    deadline = time.monotonic() + _END_S
+    while time.monotonic() < deadline:
+        mine = [name for name, _ in session.running() if name.endswith(plan["tag"])]
+        if not mine:
+            break
+        time.sleep(0.02)
+    session.sweep()
+
+
+# ------------------------------------------------------------------ start, stop, status
+
+
+@cli.command()
+@click.option("--head", is_flag=True, help="Accepted for Ray's sake; a cluster's first node is its head.")
+@_amounts
+def start(head: bool, **options: Any) -> None:
+    """Start a one-node cluster that outlives drivers; `init(address="auto")` finds it."""
+    attachment = local.start_local(settings=Settings.from_environment(), build=__version__, detached=True, **options)
+    name = attachment.config.session
+    _leave(attachment)
+    click.echo(f'hpc-ray: session {name} runs. Connect with init(address="auto"), end it with `hpc-ray stop`.')
+
+
+def _leave(attachment: Any) -> None:
+    attachment.lane.send(attachment.config.node << 48, encode(ProcessLeaving("the command is done")))
+    attachment.close()
+
+
+@cli.command()
+@click.argument("name", metavar="[SESSION]", required=False)
+@click.option("-f", "--force", is_flag=True, help="Accepted for Ray's sake.")
+def stop(name: str | None, force: bool) -> None:
+    """End a session of this user on this host; without a name, all that were made by `hpc-ray start`."""
+    if name is None:
+        found = [other for other in dict.fromkeys(name for name, _ in session.running()) if local.is_detached(other)]
+    else:
+        found = [name]
+    if not found:
+        click.echo("hpc-ray: nothing to stop")
+        return
+    missing = False
+    for other in found:
+        if local.stop_session(other):
+            click.echo(f"hpc-ray: session {other} has ended")
+        else:
+            missing = True
+            click.echo(f"hpc-ray: session {other} does not run on this host", err=True)
+    session.sweep()
+    if missing:
+        sys.exit(1)
+
+
+@cli.command()
+@click.argument("name", metavar="[SESSION]", required=False)
+def status(name: str | None) -> None:
+    """Show nodes and resources of a session (default: the one of HPC_RAY_ADDRESS, else the newest)."""
+    attachment = local.attach(name or "auto", build=__version__)
+    try:
+        click.echo(f"session {attachment.config.session}")
+        rows = []
+        for info in sorted(_ask(attachment, "nodes"), key=lambda info: info["index"]):
+            total, free = info["total"], info["available"]
+            amounts = ", ".join(
+                f"{key} {_amount(key, free.get(key, 0))}/{_amount(key, amount)}"
+                for key, amount in sorted(total.items())
+                if not key.startswith("node:")
+            )
+            state = "alive" if info["alive"] else f"dead ({info['death']})"
+            role = "head" if info["is_head"] else "node"
+            rows.append(f"  {info['index']:>3}  {role}  {state}  {info['hostname']}  pid {info['pid']}  {amounts}")
+        click.echo("\n".join(rows))
+    finally:
+        _leave(attachment)
+
+
+def _amount(name: str, units: int) -> str:
+    value = units / UNIT
+    return f"{value / 2**30:.1f}GiB" if "memory" in name else f"{value:g}"
+
+
+def _ask(attachment: Any, name: str, **arguments: Any) -> Any:
+    """The GCS's answer to a Query."""
+    attachment.lane.send(GCS_ADDRESS, encode(Query(1, name, arguments)))
+    deadline = time.monotonic() + 10
+    while time.monotonic() < deadline:
+        for _, data in attachment.lane.receive(0.5):
+            message = decode(data)
+            if isinstance(message, Answer):
+                if message.error:
+                    _fail(message.error)
+                return message.value
+    _fail("the GCS did not answer within 10 s")
+
+
+def main() -> None:
+    """Entry of the ``hpc-ray`` program: our own errors are one line, without a traceback."""
+    try:
+        cli(standalone_mode=True)
+    except RayError as error:
+        place = world.discover()
+        if place is None or place.rank == 0:
+            _fail(str(error))
+        _fail_silently(place)
+
+
+if __name__ == "__main__":
+    main()

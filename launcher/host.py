@@ -1,0 +1,135 @@
+"""What this host lets us use: CPUs, memory, GPUs, address. Read from affinity, cgroups, Slurm and /proc, by files only.
+
+Relied on by ``local`` and ``link``. Starts no program and opens no connection.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+import socket
+
+_CGROUP = "/sys/fs/cgroup"
+
+
+def _read(path: str) -> str:
+    try:
+        with open(path) as file:
+            return file.read().strip()
+    except OSError:
+        return ""
+
+
+def _cgroup_folders(controller: str) -> list[str]:
+    """Folders of our cgroup and its parents, for version 2 and for this controller of version 1."""
+    folders = []
+    for line in _read("/proc/self/cgroup").splitlines():
+        number, names, path = line.split(":", 2)
+        if number == "0" and not names:
+            roots = [_CGROUP, f"{_CGROUP}/unified"]
+        elif controller in names.split(","):
+            roots = [f"{_CGROUP}/{names}", f"{_CGROUP}/{controller}"]
+        else:
+            continue
+        for root in roots:
+            here = path.rstrip("/")
+            while True:
+                folders.append(root + here)
+                if not here:
+                    break
+                here = here.rpartition("/")[0]
+    return folders
+
+
+def cpu_count() -> int:
+    """CPUs for us: affinity, cgroup quota, Slurm; at least 1."""
+    count = float(len(os.sched_getaffinity(0)))
+    for folder in _cgroup_folders("cpu"):
+        words = _read(f"{folder}/cpu.max").split()
+        if len(words) == 2 and words[0] != "max":
+            count = min(count, int(words[0]) / int(words[1]))
+        quota, period = _read(f"{folder}/cpu.cfs_quota_us"), _read(f"{folder}/cpu.cfs_period_us")
+        if quota.isdigit() and period.isdigit() and int(quota) > 0:
+            count = min(count, int(quota) / int(period))
+    slurm = os.environ.get("SLURM_CPUS_ON_NODE", "")
+    if slurm.isdigit():
+        count = min(count, int(slurm))
+    return max(1, math.ceil(count))
+
+
+def all_cpus() -> set[int]:
+    """For sched_setaffinity: every CPU; the kernel clips it to the cpuset."""
+    return set(range(os.sysconf("SC_NPROCESSORS_CONF")))
+
+
+def _memory_limits() -> list[tuple[int, int]]:
+    limits = []
+    for folder in _cgroup_folders("memory"):
+        for limit_name, usage_name in (
+            ("memory.max", "memory.current"),
+            ("memory.limit_in_bytes", "memory.usage_in_bytes"),
+        ):
+            limit = _read(f"{folder}/{limit_name}")
+            if limit.isdigit() and int(limit) < 1 << 60:
+                inactive = re.search(r"^(?:total_)?inactive_file (\d+)", _read(f"{folder}/memory.stat"), re.MULTILINE)
+                usage = int(_read(f"{folder}/{usage_name}") or 0) - (int(inactive.group(1)) if inactive else 0)
+                limits.append((int(limit), max(0, usage)))
+    return limits
+
+
+def memory_bytes() -> tuple[int, int]:
+    """(total, available): the machine's, or the cgroup's or Slurm's where that is less."""
+    info: dict[str, str] = dict(re.findall(r"^(\w+):\s+(\d+) kB", _read("/proc/meminfo"), re.MULTILINE))
+    total = int(info.get("MemTotal", "0")) << 10
+    available = int(info["MemAvailable"]) << 10 if "MemAvailable" in info else total
+    for limit, usage in _memory_limits():
+        total = min(total, limit)
+        available = min(available, max(0, limit - usage))
+    slurm = os.environ.get("SLURM_MEM_PER_NODE", "")
+    if slurm.isdigit() and int(slurm):
+        total = min(total, int(slurm) << 20)
+        available = min(available, total)
+    return total, available
+
+
+def gpu_ids() -> list[str]:
+    """What CUDA_VISIBLE_DEVICES names, else the GPUs of /proc/driver/nvidia."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if visible is not None:
+        ids = []
+        for word in visible.split(","):
+            if not word.strip() or word.strip() in ("-1", "NoDevFiles"):
+                break
+            ids.append(word.strip())
+        return ids
+    try:
+        count = len(os.listdir("/proc/driver/nvidia/gpus"))
+    except OSError:
+        try:
+            count = sum(1 for name in os.listdir("/dev") if re.fullmatch(r"nvidia\d+", name))
+        except OSError:
+            count = 0
+    return [str(i) for i in range(count)]
+
+
+def gpu_model() -> str:
+    """Name of the first GPU for labels, "" where there is none."""
+    try:
+        for name in sorted(os.listdir("/proc/driver/nvidia/gpus")):
+            found = re.search(r"^Model:\s*(.+)$", _read(f"/proc/driver/nvidia/gpus/{name}/information"), re.MULTILINE)
+            if found:
+                return found.group(1).strip()
+    except OSError:
+        pass
+    return ""
+
+
+def ip_address() -> str:
+    """Our address on the way out; a UDP socket is asked, nothing is sent."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        try:
+            probe.connect(("10.255.255.255", 9))
+            return str(probe.getsockname()[0])
+        except OSError:
+            return "127.0.0.1"

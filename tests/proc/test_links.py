@@ -1,0 +1,378 @@
+"""Between nodes with the MPI of this environment: the transport alone, links under way, ways to start, deaths.
+
+Every program is started from here with a time limit; the same file runs under Open MPI and under MPICH.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("mpi4py", reason="mpi4py is not installed")
+
+from hpc_ray.config import Settings
+from hpc_ray.exceptions import ConfigurationError, LaunchError
+from hpc_ray.launcher import link, local, session, world
+
+try:
+    MPIRUN = world.find_mpirun()
+except LaunchError:
+    pytest.skip("no mpirun is installed", allow_module_level=True)
+
+pytestmark = pytest.mark.usefixtures("no_leaks")
+OPEN_MPI = MPIRUN.family == "openmpi"
+PYTHON = [sys.executable, "-P"]
+HPC_RAY = [*PYTHON, "-m", "hpc_ray.launcher.cli"]
+STORE = 128 << 20
+
+
+def environment(**more: str) -> dict[str, str]:
+    return world.under_root({**os.environ, **more})
+
+
+def mpirun(ranks: int, *command: str) -> list[str]:
+    line = world.mpirun_command(MPIRUN, ranks, list(command))
+    return [word for word in line if word not in ("-x", world.PLAN_VARIABLE)]
+
+
+def finished(command: list[str], *, timeout_s: float = 60, **options) -> subprocess.CompletedProcess:
+    options.setdefault("env", environment())
+    return subprocess.run(command, capture_output=True, text=True, timeout=timeout_s, check=False, **options)
+
+
+# ------------------------------------------------------------------ the transport alone
+
+
+def test_messages_and_objects_arrive_whole():
+    done = finished(mpirun(3, *PYTHON, str(Path(__file__).with_name("link_program.py"))), timeout_s=110)
+    assert done.returncode == 0, done.stderr
+    reports = json.loads(done.stdout.splitlines()[-1])
+    print(reports[0])
+    for report in reports:
+        assert report["bad"] == 0 and report["errors"] == {} and report["closed"]
+        assert "not there" in report["refused"]
+
+
+# ------------------------------------------------------------------ virtual nodes
+
+
+DRIVER = """
+import os, sys, time
+import numpy as np
+import hpc_ray as ray
+ray.init(num_nodes=3, num_cpus=1, object_store_memory=128 << 20)
+while len([n for n in ray.nodes() if n["Alive"]]) < 3:
+    time.sleep(0.01)
+@ray.remote(num_cpus=1)
+class Holder:
+    def where(self):
+        return ray.get_runtime_context().get_node_id()
+    def make(self, n):
+        return np.arange(n, dtype=np.int64)
+    def total(self, array):
+        return int(array.sum())
+holders = [Holder.remote() for _ in range(3)]
+assert len(set(ray.get([h.where.remote() for h in holders]))) == 3
+from hpc_ray import session
+world = session._attachment._owned
+{then}
+"""
+
+
+def driver(then: str) -> subprocess.Popen:
+    return subprocess.Popen(
+        [*PYTHON, "-c", DRIVER.replace("{then}", then)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=environment(),
+    )
+
+
+def links_of(pid: int) -> list[int]:
+    """Pids of link processes that descend from a process."""
+    found = []
+    for child in session.children(pid):
+        if b"hpc_ray.launcher.link" in Path(f"/proc/{child}/cmdline").read_bytes().split(b"\0")[:8]:
+            try:
+                if os.readlink(f"/proc/{child}/exe") == os.path.realpath(sys.executable):
+                    found.append(child)
+            except OSError:
+                pass
+        found += links_of(child)
+    return found
+
+
+def shared_files(pids: list[int]) -> set[str]:
+    lines = [line for pid in pids for line in Path(f"/proc/{pid}/maps").read_text().splitlines()]
+    return {line[line.index("/dev/shm/") :] for line in lines if "/dev/shm/" in line and "(deleted)" not in line}
+
+
+def test_actors_and_objects_on_three_nodes():
+    text = """
+n = 2_000_000
+arrays = [h.make.remote(n) for h in holders]
+for h in holders:
+    assert ray.get([h.total.remote(a) for a in arrays]) == [n * (n - 1) // 2] * 3
+print('all right', flush=True)
+"""
+    with driver(text) as process:
+        out, err = process.communicate(timeout=90)
+    assert "all right" in out and process.returncode == 0, err
+
+
+def test_links_sleep_when_nothing_happens():
+    with driver("print('up', flush=True); sys.stdin.read(); time.sleep(1000)") as process:
+        assert process.stdout.readline()
+        time.sleep(1.5)  # links lengthen their intervals after a second of silence
+        links = links_of(process.pid)
+        assert len(links) == 3
+
+        def used() -> list[float]:
+            ticks = [Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[11:13] for pid in links]
+            return [sum(map(int, pair)) / os.sysconf("SC_CLK_TCK") for pair in ticks]
+
+        before, started = used(), time.monotonic()
+        time.sleep(4)
+        passed = time.monotonic() - started
+        shares = [(b - a) / passed for a, b in zip(before, used(), strict=True)]
+        print("idle share of a core:", [f"{share:.2%}" for share in shares])
+        process.kill()
+    assert max(shares) < 0.03
+
+
+@pytest.mark.parametrize("victim", ["driver", "mpirun", "head link"])
+def test_a_death_ends_all(victim, eventually):
+    text = """
+print(world.child.pid, flush=True)
+try:
+    while True: ray.get(holders[1].where.remote(), timeout=60); time.sleep(0.01)
+except ray.exceptions.RayError as error:
+    print(type(error).__name__, flush=True)
+"""
+    with driver(text) as process:
+        launcher = int(process.stdout.readline())
+        links = links_of(process.pid)
+        assert len(links) == 3
+        files = shared_files(links)
+        if victim == "driver":
+            process.kill()
+        elif victim == "mpirun":
+            os.kill(launcher, signal.SIGKILL)
+        else:
+            head = [pid for pid in links if _rank_of(pid) == 0]
+            os.kill(head[0], signal.SIGKILL)
+        out, err = process.communicate(timeout=60)
+    if victim != "driver":
+        assert out.strip(), err
+    eventually(lambda: not [path for path in files if os.path.exists(path)], "MPI's shared memory is gone")
+
+
+def _rank_of(pid: int) -> int:
+    variables = {k.decode(): v.decode() for k, v in session.environment_of(pid).items()}
+    rank = world.discover(variables)
+    assert rank is not None
+    return rank.rank
+
+
+def test_death_of_another_link(eventually):
+    """With ULFM the node is lost and the others go on; without it, the job ends with an error and nothing stays."""
+    text = """
+print(world.child.pid, flush=True)
+sys.stdin.readline()
+try:
+    deadline = time.monotonic() + 30
+    while sum(n['Alive'] for n in ray.nodes()) == 3 and time.monotonic() < deadline: time.sleep(0.01)
+    print('alive', sum(n['Alive'] for n in ray.nodes()), flush=True)
+    fine = 0
+    for h in holders:
+        try: ray.get(h.where.remote(), timeout=20); fine += 1
+        except ray.exceptions.RayActorError: pass
+    print('fine', fine, flush=True)
+except ray.exceptions.RayError as error:
+    print(type(error).__name__, flush=True)
+"""
+    process = subprocess.Popen(
+        [*PYTHON, "-c", DRIVER.replace("{then}", text)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env=environment(),
+    )
+    with process:
+        process.stdout.readline()
+        victim = next(pid for pid in links_of(process.pid) if _rank_of(pid) == 2)
+        os.kill(victim, signal.SIGKILL)
+        out, err = process.communicate("\n", timeout=90)
+    if OPEN_MPI:
+        assert "alive 2" in out and "fine 2" in out, (out, err)
+    else:
+        assert out.strip() and "fine 3" not in out, (out, err)
+
+
+# ------------------------------------------------------------------ ways to start
+
+SCRIPT = """
+import os, sys
+print("args", sys.argv[1:], flush=True)
+import hpc_ray as ray
+ray.init(object_store_memory=128 << 20)
+print("stdin", sys.stdin.readline().strip(), flush=True)
+launcher = [k for k in os.environ if k.startswith(("PMI", "OMPI_COMM", "HPC_RAY_LAUNCH"))]
+@ray.remote
+def inside():
+    return [k for k in os.environ if k.startswith(("PMI", "OMPI_COMM", "HPC_RAY_LAUNCH"))]
+print("launcher variables", ray.get(inside.remote()), flush=True)
+print("nodes", ray.cluster_resources(), flush=True)
+{then}
+"""
+
+
+@pytest.fixture
+def script(tmp_path):
+    def write(then: str) -> str:
+        path = tmp_path / "script.py"
+        path.write_text(SCRIPT.replace("{then}", then))
+        return str(path)
+
+    return write
+
+
+WAYS = {
+    "plain": lambda path: [*PYTHON, path],
+    "run": lambda path: [*HPC_RAY, "run", path],
+    "run -n": lambda path: [*HPC_RAY, "run", "-n", "3", "--nodes", "2", path],
+    "mpirun run": lambda path: mpirun(3, *HPC_RAY, "run", "--nodes", "2", path),
+    "mpirun python": lambda path: mpirun(3, *PYTHON, path),
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_ways_to_start(way, script):
+    done = finished([*WAYS[way](script("sys.exit(7)")), "a", "-b"], input="hello\n")
+    assert "args ['a', '-b']" in done.stdout and "stdin hello" in done.stdout, done.stderr
+    assert "launcher variables []" in done.stdout
+    assert done.stdout.count("nodes {") == 1  # one driver
+    if OPEN_MPI or way != "mpirun python":  # there hydra sees the code after MPI_Finalize, and makes 7, 9 or 0 of it
+        assert done.returncode == 7
+    assert ("MPI worker" in done.stderr) == ("run -n" in way or "mpirun" in way)
+
+
+def test_the_script_ends_well(script):
+    done = finished([*HPC_RAY, "run", "-q", "-n", "2", script("")], input="\n")
+    assert done.returncode == 0 and "session_" not in done.stderr, done.stderr
+
+
+def test_a_script_that_never_connects(tmp_path):
+    path = tmp_path / "script.py"
+    path.write_text("import sys; print('no cluster'); sys.exit(3)")
+    done = finished([*HPC_RAY, "run", "-q", "-n", "2", str(path)])
+    assert done.returncode == 3 and "no cluster" in done.stdout, done.stderr
+
+
+@pytest.mark.parametrize(("then", "code"), [("os.kill(os.getpid(), 9)", 137), ("raise RuntimeError('mine')", 1)])
+def test_a_script_that_ends_badly(then, code, script):
+    done = finished([*HPC_RAY, "run", "-q", "-n", "2", script(then)], input="\n")
+    assert done.returncode == code, done.stderr
+    assert code != 1 or "RuntimeError: mine" in done.stderr
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+def test_the_supervisor_is_told_to_end(number, script):
+    command = [*HPC_RAY, "run", "-q", "-n", "2", script("print('up', flush=True); import time; time.sleep(1000)")]
+    process = subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, env=environment()
+    )
+    with process:
+        process.stdin.write("\n")
+        process.stdin.flush()
+        while process.stdout.readline().strip() != "up":
+            pass
+        process.send_signal(number)
+        process.wait(60)
+    assert process.returncode == (-9 if number == signal.SIGKILL else 128 + number)
+
+
+# ------------------------------------------------------------------ errors, once
+
+
+def test_errors_are_said_once(tmp_path):
+    done = finished(mpirun(3, *HPC_RAY, "run", str(tmp_path / "nothing.py")))
+    assert done.returncode != 0 and done.stderr.count("does not exist") == 1, done.stderr
+    done = finished([*HPC_RAY, "run", "-n", "100000", __file__])
+    assert done.returncode == 1 and "too many for this host" in done.stderr
+    done = finished([*HPC_RAY, "run", "--no-such-option", __file__])
+    assert done.returncode == 2 and "No such option" in done.stderr
+
+
+def test_more_nodes_than_ranks(script):
+    done = finished(mpirun(2, *HPC_RAY, "run", "--nodes", "3", script("")))
+    assert done.returncode != 0 and done.stderr.count("3 nodes were asked for") == 1, done.stderr
+
+
+def test_a_launcher_of_another_mpi():
+    """What the ranks of a wrong mpirun see: its variables, and an MPI library that does not know them."""
+    foreign = "PMI_{}" if OPEN_MPI else "OMPI_COMM_WORLD_{}"
+    plan = world.make_plan({"num_cpus": 1, "object_store_memory": STORE}, world=2, nodes=2)
+    told = []
+    for rank in range(2):
+        variables = environment(**{foreign.format("RANK"): str(rank), foreign.format("SIZE"): "2"})
+        done = finished(world.LINK_COMMAND, env={**variables, world.PLAN_VARIABLE: json.dumps(plan)})
+        assert done.returncode == 1
+        told.append(done.stderr)
+    assert "they do not belong together" in told[0] and told[1] == ""
+
+
+def test_singletons_are_refused():
+    """A launcher that MPI does not see at all: each rank would be rank 0 of 1."""
+    plan = world.make_plan({"num_cpus": 1, "object_store_memory": STORE}, world=2, nodes=2)
+    variables = environment(SLURM_STEP_ID="0", SLURM_STEP_NUM_TASKS="2", SLURM_PROCID="0", SLURM_LOCALID="0")
+    done = finished(world.LINK_COMMAND, env={**variables, world.PLAN_VARIABLE: json.dumps(plan)})
+    assert done.returncode == 1 and "do not belong together" in done.stderr, done.stderr
+
+
+def test_too_much_memory_for_virtual_nodes():
+    with pytest.raises(LaunchError, match="was asked for, but the machine"):
+        local.start_cluster(num_nodes=2, object_store_memory=1 << 50, settings=Settings())
+    with pytest.raises(ConfigurationError, match="too many for this host"):
+        local.start_cluster(num_nodes=100_000)
+
+
+# ------------------------------------------------------------------ pure
+
+
+def test_leaders():
+    assert link.leaders(["a"] * 4, None) == [0]
+    assert link.leaders(["a"] * 4, 3) == [0, 1, 2]
+    assert link.leaders(["a", "a", "b", "b"], None) == [0, 2]
+    assert link.leaders(["a", "a", "b", "b"], 3) == [0, 2, 1]
+    with pytest.raises(LaunchError):
+        link.leaders(["a"], 2)
+    with pytest.raises(LaunchError):
+        link.leaders(["a", "b"], 1)
+
+
+def test_discover():
+    assert world.discover({}) is None
+    found = world.discover({"OMPI_COMM_WORLD_RANK": "3", "OMPI_COMM_WORLD_SIZE": "4", "OMPI_COMM_WORLD_LOCAL_RANK": "1"})
+    assert found == world.Rank(3, 4, 1, "Open MPI's mpirun")
+    found = world.discover({"PMI_RANK": "1", "PMI_SIZE": "2", "MPI_LOCALRANKID": "1"})
+    assert found == world.Rank(1, 2, 1, "MPICH's mpirun")
+    assert world.discover({"SLURM_PROCID": "0", "SLURM_JOB_ID": "5", "SLURM_NTASKS": "8"}) is None  # a batch script
+    slurm = {"SLURM_STEP_ID": "0", "SLURM_STEP_NUM_TASKS": "8", "SLURM_PROCID": "5", "SLURM_LOCALID": "1"}
+    assert world.discover(slurm) == world.Rank(5, 8, 1, "srun")
+
+
+def test_mpirun_command():
+    line = world.mpirun_command(world.MPIRun("/m/mpirun", "openmpi", (5, 0, 11)), 4, ["p"])
+    wanted = "/m/mpirun -n 4 --with-ft ulfm --map-by slot:OVERSUBSCRIBE --bind-to none -x HPC_RAY_LAUNCH_PLAN p"
+    assert " ".join(line) == wanted
+    assert world.mpirun_command(world.MPIRun("m", "mpich", (5,)), 2, ["p"], ["-v"]) == ["m", "-n", "2", "-v", "p"]
