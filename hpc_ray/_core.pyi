@@ -1,0 +1,278 @@
+"""The native core: one node's shared memory, its lanes (messages) and its arena (objects).
+
+Bytes, never policy: no MPI, no CUDA, no knowledge of tasks. Built from ``hpc_ray/native/``, where each header states
+who owns memory, which thread may call, and the invariants by name (``LANE-1``, ``STORE-1`` …).
+
+Used by the transport, the client and worker (hot path), the raylet (``mark_dead``, ``reclaim``) and the link
+(``forward``, ``receive_envelopes``).
+
+Addresses are integers: ``node (16 bits) << 48 | lane index (16) << 32 | incarnation (32)``. Indices below 16 are for
+well-known roles; to those, incarnation 0 means "whoever is there now or comes next". Handles of objects are integers
+that never mean another object later.
+
+After a fork the child must open a lane of its own: every call on the parent's Lane or Store raises RuntimeError there.
+"""
+
+from typing import Final, final
+
+from typing_extensions import Buffer
+
+WELL_KNOWN_LANES: Final[int]
+"""Lane indices below this are claimed by name only."""
+LINK_LANE: Final[int]
+"""Frames for other nodes go to this lane of the own node."""
+OBJECT_ID_BYTES: Final[int]
+LANE_OPEN: Final[int]
+LANE_DEAD: Final[int]
+
+def make_address(node: int, index: int, incarnation: int) -> int: ...
+def split_address(address: int, /) -> tuple[int, int, int]:
+    """(node, lane index, incarnation)."""
+
+def set_parent_death_signal(signal: int) -> None:
+    """The calling process gets `signal` when the *thread* that forked it ends; 0 turns that off."""
+
+def set_child_subreaper() -> None:
+    """Orphaned descendants become children of the calling process."""
+
+class ArenaFull(MemoryError):
+    """No free block of the arena is large enough."""
+
+    asked_bytes: int
+    largest_free_bytes: int
+    free_bytes: int
+    capacity_bytes: int
+
+@final
+class Segment:
+    """One node's shared memory, mapped whole; sparse, so that only touched pages count.
+
+    It lives as long as a process maps it or holds its fd, and leaves nothing behind.
+
+    Args:
+        node: 0 to 65535.
+        arena_bytes: size of the object arena.
+        max_lanes: how many processes at once, a multiple of 64 up to 1024.
+        ring_bytes: size of the ring between two lanes, a power of two. Payloads larger than a quarter of it travel
+            through the arena.
+
+    Raises:
+        ValueError: a size that cannot be.
+        RuntimeError: the system refuses.
+    """
+
+    def __new__(cls, *, node: int, arena_bytes: int, max_lanes: int = 1024, ring_bytes: int = 65536) -> Segment: ...
+    @staticmethod
+    def attach(fd: int) -> Segment:
+        """Map an existing segment; the fd stays the caller's (a duplicate is kept).
+
+        Raises:
+            ValueError: the fd is no segment, or one of another layout version.
+        """
+
+    @property
+    def fd(self) -> int:
+        """The memfd, close-on-exec: forks inherit it; pass it on with ``pass_fds`` or over a Unix socket."""
+
+    @property
+    def node(self) -> int: ...
+    @property
+    def arena_bytes(self) -> int: ...
+    @property
+    def max_lanes(self) -> int: ...
+    @property
+    def ring_bytes(self) -> int: ...
+    def open_lane(self, index: int = -1) -> Lane:
+        """Claim lane `index`, or the lowest free one from 16 on; its incarnation is one higher than the last.
+
+        Raises:
+            RuntimeError: the lane is taken, or dead and not reclaimed yet, or none is left.
+        """
+
+    def mark_dead(self, address: int) -> bool:
+        """From now on sends to this lane answer -1. False when it was not open. Any process may call."""
+
+    def reclaim(self, address: int) -> list[tuple[bytes, int, int]]:
+        """Free what a dead lane held: rings, pins, unsealed objects, objects it owned; its index can be used again.
+
+        Call it after `mark_dead`, and only when the process is gone for good (waited for). May be repeated, also after
+        a reclaimer was killed half way. What the dead process had sent is still received.
+
+        Returns:
+            (object_id, handle, owner) of the objects that it created and sealed, that nobody claimed, and whose owner
+            is not known to be dead. They stay; the caller decides. Empty when there is nothing (more) to reclaim.
+
+        Raises:
+            ValueError: the lane is open.
+        """
+
+    def is_open(self, address: int) -> bool:
+        """True while that incarnation (0: any) of a lane of this node is open."""
+
+    def lanes(self) -> list[tuple[int, int, int]]:
+        """(address, LANE_OPEN or LANE_DEAD, pid) of all lanes in use."""
+
+    def statistics(self) -> dict[str, int]:
+        """total_bytes, resident_bytes, arena_bytes, arena_used_bytes, repairs, lanes_open, lanes_dead, rings_used,
+        rings_capacity, slots_used, slots_capacity."""
+
+    def validate(self) -> list[str]:
+        """Walk all structures; the invariants that do not hold. For tests."""
+
+@final
+class Lane:
+    """This process's inbox, and its way to all other lanes. Made by `Segment.open_lane`.
+
+    Thread-safe. FIFO for each pair of lanes, no order across pairs. A lane that is dropped without `close` stays open
+    until it is marked dead and reclaimed.
+    """
+
+    @property
+    def address(self) -> int: ...
+    @property
+    def closed(self) -> bool: ...
+    @property
+    def eager(self) -> int:
+        """Above 0, `receive_background` drains at once instead of giving the foreground thread a millisecond first."""
+
+    @eager.setter
+    def eager(self, value: int) -> None: ...
+    def send(self, dest: int, payload: Buffer) -> int:
+        """Copy `payload` on its way to `dest`. Never waits for another process.
+
+        A destination on another node is reached through the link (lane 1). A well-known lane that is not open yet gets
+        its frames when it opens.
+
+        Returns:
+            Bytes that wait in this process for room in the ring (0 normally). -1: the destination is dead, nothing was
+            sent. 0 is no promise of delivery: the destination may die later.
+
+        Raises:
+            ArenaFull: the payload is larger than the whole arena. (One that has no room now waits for it.)
+            ValueError: the address cannot be.
+        """
+
+    def forward(self, src: int, dest: int, payload: Buffer) -> int:
+        """`send` for the link: the receiver sees `src` as the sender; `dest` must be of this node."""
+
+    def flush(self) -> int:
+        """Move waiting frames into the rings as far as there is room; bytes left. Every receive does it as needed."""
+
+    def receive(
+        self, timeout_s: float | None = None, limit: int = 256, spin: bool = True
+    ) -> list[tuple[int, bytes]]:
+        """Wait for frames; [(source address, payload)], at most `limit`.
+
+        Blocks without the GIL: spins up to 50 µs as long as that pays, then sleeps. One thread at a time; others wait
+        for their turn. Signal handlers run while it waits, and their exceptions come out of it.
+
+        Args:
+            timeout_s: None waits for ever, 0 only looks.
+
+        Returns:
+            [] on time-out, after `wake`, and when the lane is closed meanwhile.
+        """
+
+    def receive_envelopes(
+        self, timeout_s: float | None = None, limit: int = 256, spin: bool = True
+    ) -> list[tuple[int, int, bytes]]:
+        """`receive` with the destination: [(source, destination, payload)]. For the link."""
+
+    def receive_background(self, deadline: float | None = None, limit: int = 1024) -> list[tuple[int, bytes]]:
+        """The io thread's receive: takes what the foreground thread leaves lying. Call it from one thread only.
+
+        Sleeps while nothing happens. With traffic it looks every millisecond, and drains when frames are there and no
+        foreground thread has drained since the last look; with `eager` > 0 it drains at once.
+
+        Args:
+            deadline: seconds from now after which to return.
+
+        Returns:
+            [] at the deadline, after `wake_background`, and when the lane is closed meanwhile.
+        """
+
+    def wait_background(self, deadline: float | None = None) -> bool:
+        """`receive_background` without the receiving: True when it is the io thread's turn to drain.
+
+        For processes in which whoever drains must also dispatch before anyone else drains."""
+
+    def receive_from(self, src: int) -> list[bytes]:
+        """All payloads in the ring from `src`, which may be dead; never waits. Stops before frames of its successor."""
+
+    def wake(self) -> None:
+        """End the current `receive`, or else the next one that would wait. Any thread, also a signal handler."""
+
+    def wake_background(self) -> None:
+        """End the current `receive_background`, or else the next one."""
+
+    def close(self, timeout_s: float = 1.0) -> list[tuple[bytes, int, int]]:
+        """Leave in order: flush for up to `timeout_s`, then free what the lane held; returns what `reclaim` returns.
+
+        Receives in other threads end with []. Buffers got from this process's Store keep their address but the arena
+        may use the memory again. Later calls on the lane raise RuntimeError; a second close does nothing.
+        """
+
+    def statistics(self) -> dict[str, int]:
+        """sent, received, backlog_bytes, backlogged, dropped, lost, parks, spins, wakes, background_ticks."""
+
+@final
+class Pin(Buffer):
+    """Read-only bytes of an object in the arena, aligned to 64. Keeps them alive; so does anything made from it."""
+
+    @property
+    def handle(self) -> int: ...
+    def __len__(self) -> int: ...
+    def __buffer__(self, flags: int, /) -> memoryview: ...
+
+@final
+class Store:
+    """The node's object arena, as this process sees it. Thread-safe.
+
+    An object is created, written by its creator, sealed, read by anyone, deleted by anyone; its memory is free again
+    when it is deleted and nobody holds a pin.
+
+    Args:
+        lane: must have been opened in this very `segment` object.
+    """
+
+    def __init__(self, segment: Segment, lane: Lane) -> None: ...
+    def create(self, object_id: bytes, size: int, owner: int) -> int:
+        """A new object of `size` bytes; its handle. `owner` is a lane's address: when it dies, the object goes.
+
+        Raises:
+            ArenaFull: no block is large enough.
+        """
+
+    def write_buffer(self, handle: int) -> memoryview:
+        """Writable memory of an object that this process is creating (the link: that any process of its node is
+        creating); not to be used after seal or abort."""
+
+    def write(self, handle: int, offset: int, buffer: Buffer) -> None:
+        """Copy into an object that this process is creating; large copies run in parallel and without the GIL."""
+
+    def seal(self, handle: int) -> None:
+        """The object is complete: readable by all, never written again. If its owner has died, it is deleted."""
+
+    def abort(self, handle: int) -> None:
+        """Give up an object that is being created."""
+
+    def get(self, handle: int) -> Pin | None:
+        """Pin a sealed object; None when it is gone (or not sealed)."""
+
+    def delete(self, handle: int) -> bool:
+        """No new pins; freed when the last pin goes. False when it was gone already."""
+
+    def claim(self, handle: int) -> bool:
+        """Its owner knows of it: `reclaim` of the creator will not report it. False when it is gone."""
+
+    def info(self, handle: int) -> tuple[bytes, int, int, bool] | None:
+        """(object_id, size, owner, sealed), or None when it is gone."""
+
+    def list_objects(self) -> list[tuple[bytes, int, int, int, int, bool, bool]]:
+        """(object_id, handle, size, owner, creator, sealed, claimed) of all objects of the node."""
+
+    def statistics(self) -> dict[str, int]:
+        """capacity_bytes, used_bytes, largest_free_bytes, objects, creating, doomed, pinned, frames."""
+
+    def trim(self) -> int:
+        """Give the pages of free memory back to the system; bytes given back."""

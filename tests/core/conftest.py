@@ -1,0 +1,43 @@
+"""Behaviour of the public names on one node. The tests of a file share a session, ``ray``, and leave it as they found it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from types import ModuleType
+from typing import Any
+
+import cloudpickle
+import pytest
+
+
+@pytest.fixture(scope="module", autouse=True)
+def travels_by_value(request: pytest.FixtureRequest) -> Iterator[None]:
+    """Workers cannot import test files; functions and classes of one are sent as code."""
+    cloudpickle.register_pickle_by_value(request.module)
+    yield
+    cloudpickle.unregister_pickle_by_value(request.module)
+
+
+@pytest.fixture(scope="module")
+def ray(shared_cluster: ModuleType) -> ModuleType:
+    return shared_cluster
+
+
+@pytest.fixture
+def store(ray: ModuleType) -> Callable[[], dict[str, int]]:
+    """Statistics of this node's object store."""
+    from hpc_ray.client import context
+
+    client = context.client
+    assert client is not None
+    return client.store.statistics
+
+
+@pytest.fixture(autouse=True)
+def all_resources_free(request: pytest.FixtureRequest, eventually: Callable[..., Any]) -> Iterator[None]:
+    """After each test what it used is free again, so that tests do not get into each other's way."""
+    ray = request.getfixturevalue("ray") if "ray" in request.fixturenames else None
+    yield
+    if ray is not None:
+        total = ray.cluster_resources()
+        eventually(lambda: ray.available_resources() == total, "all resources free")

@@ -1,0 +1,64 @@
+"""The examples run, each as a user would start it; the large one learns, in each of its three ways."""
+
+from __future__ import annotations
+
+import importlib.util
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+EXAMPLES = Path(__file__).parents[2] / "examples"
+NEEDS_TRAIN = {"host_actor", "weight_averaging", "parameter_server"}
+SMALL = sorted(path.stem for path in EXAMPLES.glob("*.py") if path.stem != "train_digits")
+WAYS = ("allreduce", "ps", "async-ps")
+
+
+def run(name, cwd, *arguments):
+    return subprocess.run(
+        [sys.executable, str(EXAMPLES / f"{name}.py"), *arguments], cwd=cwd, capture_output=True, text=True, timeout=110, check=False
+    )
+
+
+def need(*modules):
+    for module in modules:
+        if importlib.util.find_spec(module) is None:
+            pytest.skip(f"{module} is not installed: pip install 'hpc-ray[train]'")
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_small_example(name, tmp_path):
+    if name in NEEDS_TRAIN:
+        need("sklearn")
+    found = run(name, tmp_path)
+    assert found.returncode == 0, found.stderr
+    assert found.stdout.strip()
+
+
+@pytest.fixture(scope="module")
+def hashes():
+    """Hash of the final weights, by way."""
+    return {}
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_training_on_digits(way, tmp_path, hashes):
+    need("torch", "sklearn", "matplotlib")
+    found = run("train_digits", tmp_path, "--sync", way, "--quiet")
+    assert found.returncode == 0, found.stderr
+    accuracy = re.search(r"test accuracy +([\d.]+)%", found.stdout)
+    assert accuracy, found.stdout
+    assert float(accuracy[1]) >= 97.0
+    assert (tmp_path / f"train_digits-{way}.png").stat().st_size > 10_000
+    weights = re.search(r"sha256 (\w+)", found.stdout)
+    assert weights
+    hashes[way] = weights[1]
+
+
+def test_synchronous_ways_agree_to_the_last_bit(hashes):
+    """They add the same numbers in the same order, whoever does it; so each reproduces, too."""
+    if "allreduce" not in hashes:
+        need("torch", "sklearn", "matplotlib")
+    assert hashes["allreduce"] == hashes["ps"]
