@@ -152,7 +152,7 @@ def test_memory_goes_though_tasks_were_unfinished():
 def test_no_session_to_join():
     if session.running():
         pytest.skip("another session of this user runs on this machine")
-    with pytest.raises(exceptions.LaunchError, match="hpc-ray start"):
+    with pytest.raises(ConnectionError, match="hpc-ray start"):
         hpc_ray.init(address="auto")
 
 
