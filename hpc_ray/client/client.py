@@ -148,6 +148,7 @@ class Client:
         self.tasks = TaskSubmitter(self, self.packer)
         self.actors = ActorSubmitter(self, self.packer)
         self._exported: dict[int, set[bytes]] = {}
+        self._batch: list[tuple[int, bytes]] = []  # what is being dispatched; the next message is the last
         self._requests: dict[int, _Request] = {}
         self._request_ids = itertools.count(1)
         self._loading = _Loading()
@@ -282,8 +283,11 @@ class Client:
     def dispatch(self, batch: list[tuple[int, bytes]]) -> None:
         """Handle messages. Under ``drain``."""
         handlers = self.handlers
+        batch.reverse()
         with self.lock:
-            for source, data in batch:
+            self._batch = batch
+            while batch:
+                source, data = batch.pop()
                 try:
                     message = decode(data)
                     handlers[type(message)](source, message)
@@ -472,13 +476,17 @@ class Client:
                 request.finish()
 
     def hear_last_words(self, address: int) -> None:
-        """Handle what a process of this node has sent, before its death is (PROTO-3)."""
-        for data in self._last_words(address):
+        """Handle all that a process has sent before its death is handled (PROTO-3): what is in this batch, and what has come
+        since. Within ``dispatch``."""
+        batch = self.lane.receive(0.0)
+        batch.reverse()
+        batch += self._batch
+        self._batch[:] = [item for item in batch if item[0] != address]
+        words = [item for item in batch if item[0] == address]
+        while words:
+            _, data = words.pop()
             last = decode(data)
             self.handlers[type(last)](address, last)
-
-    def _last_words(self, address: int) -> list[bytes]:
-        return self.lane.receive_from(address) if node_of(address) == self.node else []
 
     def _on_node_died(self, source: int, message: NodeDied) -> None:
         self.dead_nodes.add(message.node)

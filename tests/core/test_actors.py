@@ -421,7 +421,6 @@ def test_constructor_argument_fails(ray, remote_counter):
         ray.get(remote_counter.remote(fail.remote()).get.remote(), timeout=30)
 
 
-@pytest.mark.xfail(strict=False, reason="a reply can lose the race against the news of its actor's death: open, seen under load")
 def test_exit_actor(ray, gate, eventually):
     from hpc_ray.actor import exit_actor
 
@@ -441,12 +440,6 @@ def test_exit_actor(ray, gate, eventually):
     eventually(lambda: gone(pid), "it left")
 
 
-# Not strict, as it is a race: on an idle machine nearly all rounds are right.
-@pytest.mark.xfail(
-    strict=False,
-    reason="a call that was answered before exit_actor fails when the notice of the death overtakes the answer, "
-    "and the GCS takes the end for a crash (ActorUnavailableError: being restarted)",
-)
 def test_calls_before_exit_actor_are_answered(ray, gate):
     from hpc_ray.actor import exit_actor
 
