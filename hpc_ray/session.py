@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from hpc_ray.client import context
-from hpc_ray.client.client import Client
+from hpc_ray.client.client import Client, Waiter
 from hpc_ray.config import Settings
 from hpc_ray.exceptions import LaunchError, LocalRayletDiedError
 from hpc_ray.ids import GCS_ADDRESS
@@ -303,13 +303,17 @@ def _show_last_lines(client: Client) -> None:
     """What workers printed before the results that the program has seen is shown before it ends."""
     if client.on_log is None:
         return
-    client.log_ended.left = max(1, client.config.nodes - len(client.dead_nodes))
+    with client.lock:
+        client.log_ended = Waiter(max(1, client.config.nodes - len(client.dead_nodes)))
     client.send(client.raylet, FollowLogs(client.address, client.job_id, False))
     try:
-        client.block(client.log_ended, _LAST_LINES_S)
+        shown = -1
+        while not client.log_ended.done and shown != client.lines_shown:  # as long as lines come
+            shown = client.lines_shown
+            client.block(client.log_ended, _LAST_LINES_S)
+        client.show_log_lines()
     except (KeyboardInterrupt, LocalRayletDiedError):
         pass  # in a hurry, or the node is gone
-    client.run_callbacks()
 
 
 _LAST_LINES_S = 10.0

@@ -48,6 +48,8 @@ from hpc_ray.worker_log import OutputSplitter
 WORKER_VARIABLE = "HPC_RAY_WORKER"  # pid of the worker, in the environment of what it starts
 RUNTIME_ENV_VARIABLE = "HPC_RAY_RUNTIME_ENV"  # JSON of StartWorker.runtime_env, in the worker
 _READ_BYTES = 1 << 16
+_MOST_UNSENT = 16 << 20  # bytes of output that drivers have not taken
+_FLUSH_S = 0.002
 _TAIL_LINES = 20
 _kept: list[Any] = []  # of the parent, in a child: must not be closed by the collector there
 
@@ -124,6 +126,7 @@ class ForkServer:
         self._roles: dict[int, str] = {}  # pid → name, while alive
         self._workers: dict[int, int] = {}  # pid → token, while alive
         self._outputs: dict[int, Output] = {}  # by pipe
+        self._paused = False
         self._clients: dict[int, Client] = {}  # by fd
         self._followers: dict[bytes, set[int]] = {}
         self._poll = select.epoll()
@@ -190,6 +193,9 @@ class ForkServer:
         """Until the node has ended; the exit code."""
         while not self._has_ended():
             timeout = -1.0 if self._code is None else max(0.0, self._deadline - time.monotonic())
+            if unsent := self.lane.flush():  # a driver reads more slowly than workers print
+                timeout = _FLUSH_S if timeout < 0 else min(timeout, _FLUSH_S)
+            self._pause_outputs(unsent > _MOST_UNSENT)
             for fd, _ in self._poll.poll(timeout):
                 handler = self._handlers.get(fd)
                 if handler is not None:
@@ -453,6 +459,13 @@ class ForkServer:
                 self._outputs.pop(output.pipe, None)
                 output.close()
                 return
+
+    def _pause_outputs(self, pause: bool) -> None:
+        """Workers whose pipes are full wait in their prints."""
+        if pause != self._paused:
+            self._paused = pause
+            for pipe in self._outputs:
+                self._poll.modify(pipe, 0 if pause else select.EPOLLIN)
 
     def _forward(self, output: Output, name: str, job_id: bytes, lines: list[str]) -> None:
         wanted = [job_id] if job_id else list(self._followers)  # before the first task: for all

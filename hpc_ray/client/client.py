@@ -137,6 +137,7 @@ class Client:
         self.on_log: Callable[[LogLines], None] | None = None
         self._log_lines: deque[LogLines] = deque()
         self._showing = threading.Lock()
+        self.lines_shown = 0
         self.log_ended = Waiter()
         self.sleepers: deque[Waiter] = deque()
         self.interrupts = Interrupts(self)
@@ -493,6 +494,7 @@ class Client:
         self.objects.on_node_died(message.node)
         self.tasks.on_node_died(message.node, message.text)
         self.actors.on_node_died(message.node)
+        self.log_ended.one()
         for request in list(self._requests.values()):
             if node_of(request.destination) == message.node:
                 request.finish()
@@ -508,12 +510,14 @@ class Client:
             self.log_ended.one()
         elif self.on_log is not None:
             self._log_lines.append(message)
-            self.callbacks.append(self._show_log_lines)
+            self.callbacks.append(self.show_log_lines)
 
-    def _show_log_lines(self) -> None:
+    def show_log_lines(self) -> None:
         with self._showing:  # in the order in which they came, whichever threads do it
             while self._log_lines and self.on_log is not None:
-                self.on_log(self._log_lines.popleft())
+                message = self._log_lines.popleft()
+                self.on_log(message)
+                self.lines_shown += len(message.lines)
 
     # -------------------------------------------------------------- objects
 
