@@ -45,6 +45,8 @@ class RayTaskError(RayError):
         actor_repr: str | None = None,
         actor_id: str | None = None,
     ):
+        if isinstance(cause, RayTaskError):  # it came out of a nested task: the root is what callers look for
+            cause = cause.cause
         super().__init__(cause)
         self.function_name = function_name
         self.traceback_str = traceback_str
@@ -65,7 +67,7 @@ class RayTaskError(RayError):
         """The same error, but also an instance of the cause's class where that class can be a base."""
         cause = self.cause
         cause_class = type(cause)
-        if issubclass(RayTaskError, cause_class) or isinstance(cause, RayTaskError):
+        if issubclass(RayTaskError, cause_class):
             return self
         try:
             return _make_dual(self, cause, cause_class)

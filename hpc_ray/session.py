@@ -297,6 +297,7 @@ def shutdown(*, wait_for_processes: bool = True, _exiting_interpreter: bool = Fa
             client.lane.flush()
         client.close()
         attachment.close()
+        client.let_go()
 
 
 def _show_last_lines(client: Client) -> None:

@@ -101,6 +101,26 @@ class _Request(Waiter):
         self.answer: Any = None
 
 
+class _Closed:
+    """In place of the lane and the store of a client that is closed."""
+
+    eager = 0
+
+    def send(self, destination: int, data: bytes) -> int:
+        return -1
+
+    def receive(self, timeout_s: float | None = None) -> list[tuple[int, bytes]]:
+        return []
+
+    def get(self, handle: int) -> None:
+        return None
+
+    def wake(self) -> None:
+        pass
+
+    wake_background = flush = wake
+
+
 class _Loading(threading.local):
     loans: list[Entry] | None = None  # references met by the deserialisation under way
 
@@ -216,6 +236,10 @@ class Client:
         self.lane.wake_background()
         if self._thread is not None and self._thread is not threading.current_thread():
             self._thread.join(timeout=5.0)
+
+    def let_go(self) -> None:
+        """After ``close``: references, handles and functions that stay must not keep the node's memory mapped."""
+        self.lane = self.store = self.segment = _Closed()  # type: ignore[assignment]
 
     def fail(self, error: BaseException) -> None:
         """The node is gone: every wait, now and later, raises this (CLIENT-3)."""

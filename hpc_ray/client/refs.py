@@ -26,6 +26,8 @@ released: deque[Any] = deque()
 
 
 def _release(entry: Any) -> None:
+    if _Hooks.rebuild is None:
+        return  # the session is over
     released.append(entry)
     if _Hooks.parked:
         _Hooks.parked = False
@@ -55,6 +57,8 @@ def install(
     _Hooks.parked = False
     _Hooks.rebuild, _Hooks.add_done_callback, _Hooks.get = rebuild, add_done_callback, get
     _Hooks.leak, _Hooks.unpark = leak, unpark
+    if rebuild is None:
+        released.clear()
 
 
 def set_parked(parked: bool) -> None:

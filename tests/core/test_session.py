@@ -114,7 +114,6 @@ def segments():
     return [fd for fd in os.listdir("/proc/self/fd") if "memfd:hpc_ray" in os.path.realpath(f"/proc/self/fd/{fd}")]
 
 
-@pytest.mark.xfail(strict=True, reason="RemoteFunction._client keeps the client, and so the mapped segment, after shutdown")
 def test_memory_goes_though_functions_stay():
     before = segments()
     start()
@@ -138,7 +137,6 @@ def test_memory_goes_though_references_went_later():
     assert segments() == before
 
 
-@pytest.mark.xfail(strict=True, reason="a reference to an unfinished task stays in refs.released, and so its client")
 def test_memory_goes_though_tasks_were_unfinished():
     before = segments()
     start()

@@ -265,7 +265,6 @@ def test_error_of_an_argument(ray):
         ray.get(use.remote(use.remote(root.remote())))
 
 
-@pytest.mark.xfail(strict=True, reason="executor.describe wraps the inner RayTaskError; Ray keeps its cause as the cause")
 def test_error_through_nested_tasks(ray):
     @ray.remote
     def root():
