@@ -654,6 +654,22 @@ class ReportResources(Message, tag=72):
     pending: list[Resources] = []
 
 
+class SetResources(Message, tag=120):
+    """GCS → raylet: have these amounts and labels from now on; ``without``: and none of these resources. What is not mentioned is
+    as the node was configured. Answered by ResourcesSet."""
+
+    resources: Resources
+    labels: dict[str, str]
+    without: list[str] = []
+
+
+class ResourcesSet(Message, tag=121):
+    """raylet → GCS: the node has them; a ReportResources went before this."""
+
+    node: int
+    labels: dict[str, str]
+
+
 class ClusterView(Message, tag=73):
     """GCS → raylets: nodes that changed."""
 

@@ -16,8 +16,8 @@ from hpc_ray.client.client import Client, Waiter
 from hpc_ray.config import Settings
 from hpc_ray.exceptions import LaunchError, LocalRayletDiedError
 from hpc_ray.ids import GCS_ADDRESS
-from hpc_ray.launcher import local
-from hpc_ray.protocol import FinishJob, FollowLogs, LogLines, ProcessKind, ProcessLeaving, RegisterJob
+from hpc_ray.launcher import local, world
+from hpc_ray.protocol import UNIT, FinishJob, FollowLogs, LogLines, ProcessKind, ProcessLeaving, RegisterJob
 from hpc_ray.version import __version__
 
 _lock = threading.RLock()
@@ -95,12 +95,14 @@ def init(
     Args:
         address: None starts a cluster, or joins the one that the launcher (``mpirun``, ``srun``, ``hpc-ray run``) made for
             this program; "auto" joins a running one of this user; otherwise the name of a session.
-        num_cpus, num_gpus, resources, labels, object_store_memory (bytes): of the node; what is not given is discovered.
+        num_cpus, num_gpus, resources, labels, object_store_memory (bytes): of the node; what is not given is discovered. In a
+            launched world they are of this process's node, and the other nodes have none of the resources that are given
+            here: leave them out, or give them to the launcher, to use all nodes. The store's size is the launcher's to say.
         ignore_reinit_error: a second ``init`` keeps the session instead of raising.
         configure_logging, logging_level, logging_format: of the logger "hpc_ray" in this process.
         log_to_driver: show what workers print (default: yes).
         namespace: of named actors; default: one of its own.
-        num_nodes (keyword): this many virtual nodes, which share nothing but MPI.
+        num_nodes (keyword): this many virtual nodes, which share nothing but MPI; the amounts are each node's.
         _system_config (keyword): settings by name, see ``config.Settings``.
         The rest is Ray's and stands for what hpc_ray does not have; any other value than the default is refused.
 
@@ -167,6 +169,8 @@ def init(
                 raise ConnectionError(str(error)) from None
         try:
             client = _connect(attachment, namespace, settings.log_to_driver if log_to_driver is None else log_to_driver)
+            if world.in_world() and num_nodes is None:
+                _set_resources(client, num_cpus, num_gpus, resources, labels)
         except BaseException:
             attachment.close()
             raise
@@ -228,6 +232,19 @@ def _configure_logging(level: int | str | None, form: str | None) -> None:
         handler = logging.StreamHandler()
         handler.setFormatter(logging.Formatter(form))
         logger.handlers[:] = [handler]
+
+
+def _set_resources(
+    client: Client,
+    num_cpus: float | None,
+    num_gpus: float | None,
+    resources: dict[str, float] | None,
+    labels: dict[str, str] | None,
+) -> None:
+    """In a launched world: this node has what ``init`` was given, and what it was given is nowhere else."""
+    amounts = {**(resources or {}), "CPU": num_cpus, "GPU": num_gpus}
+    units = {name: round(amount * UNIT) for name, amount in amounts.items() if amount is not None}
+    client.query(GCS_ADDRESS, "set_resources", resources=units, labels=labels or {})
 
 
 def _connect(attachment: Any, namespace: str | None, log_to_driver: bool) -> Client:

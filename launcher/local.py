@@ -60,7 +60,8 @@ def start_cluster(
     """What ``init()`` without an address means here: the world of ``hpc-ray run`` or mpirun that this process belongs to, virtual
     nodes, or one node on this host. In ranks other than 0 it does not return.
 
-    ``options``: num_cpus, num_gpus, resources, memory, object_store_memory, labels; amounts are for each node.
+    ``options``: num_cpus, num_gpus, resources, memory, object_store_memory, labels; amounts are for each node, except in a world
+    that was launched without ``num_nodes``: there they are the driver's node's, who sets them once it has attached.
 
     Raises:
         LaunchError: it did not come up.
@@ -72,6 +73,8 @@ def start_cluster(
         return world.join_from_link(build)
     rank = world.discover()
     if rank is not None and rank.size > 1:
+        if num_nodes is None:
+            options = {**outer, "object_store_memory": options.get("object_store_memory")}
         return world.start_in_rank(
             rank,
             options,

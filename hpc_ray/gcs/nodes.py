@@ -27,6 +27,8 @@ from hpc_ray.protocol import (
     RegisterNode,
     ReportResources,
     Resources,
+    ResourcesSet,
+    SetResources,
 )
 from hpc_ray.scheduling import NodeView
 
@@ -46,6 +48,7 @@ class Nodes(Part):
         self._sequences: dict[int, int] = {}
         self._untold: dict[int, None] = {}  # nodes whose change has not been broadcast
         self._view_at = 0.0
+        self._setting: dict[tuple[int, int], set[int]] = {}  # (asker, request) → nodes that have not set what it wants
         self._awaited: dict[tuple[int, int], int] = {}  # (asker, request) → how many nodes it waits for
 
     def take(self, node: int, demand: Resources) -> None:
@@ -164,6 +167,7 @@ class Nodes(Part):
         self.set_timer("view", max(self._view_at, self.now))
         self.tell_raylets(NodeDied(index, info.node_id, text))
         self.view_changed = True
+        self._node_is_set(index)
         self.node_lost(index, info.node_id, text)
 
     # -- questions
@@ -194,6 +198,35 @@ class Nodes(Part):
             return len(self.nodes)
         self._awaited[self.asker] = count
         return DEFERRED
+
+    def query_set_resources(self, resources: Resources, labels: dict[str, str]) -> Deferred:
+        """What a driver's ``init`` was given in a world that it has not started: the asker's node has these, no other node has
+        any of these resources, and all else is as it was configured. Answered when all nodes say so."""
+        asker = self.asker[0]
+        for index, view in self.views.items():
+            if view.alive:
+                mine = index == node_of(asker)
+                message = SetResources(resources, labels) if mine else SetResources({}, {}, list(resources))
+                self.send(raylet_address(index), message)
+                self._setting.setdefault(self.asker, set()).add(index)
+        return DEFERRED
+
+    @handles(ResourcesSet)
+    def on_resources_set(self, event: ResourcesSet, source: int) -> None:
+        info = self.nodes[event.node]
+        if info.labels != event.labels:
+            self.nodes[event.node] = msgspec.structs.replace(info, labels=event.labels)
+            self.views[event.node] = NodeView(self.nodes[event.node])
+            self._untold[event.node] = None
+        self._broadcast()
+        self._node_is_set(event.node)
+
+    def _node_is_set(self, node: int) -> None:
+        for (asker, request_id), nodes in list(self._setting.items()):
+            nodes.discard(node)
+            if not nodes:
+                del self._setting[asker, request_id]
+                self.send(asker, Answer(request_id, None))
 
     def query_cluster_resources(self) -> Resources:
         return _sum(info.total for info in self.nodes.values() if info.alive)

@@ -89,6 +89,22 @@ class ResourcePool:
                 self._capacity.pop(name, None)
                 self._free.pop(name, None)
 
+    def change_total(self, target: Resources) -> None:
+        """Have these totals from now on, apart from those of placement groups. What is granted stays so: where less is left
+        than that, nothing is free until enough has come back. Accelerators that are granted do not go."""
+        for name in {*self.total, *target}:
+            if name != base_name(name) or name.startswith("bundle"):
+                continue
+            wanted, now = target.get(name, 0), self.total.get(name, 0)
+            if self._free.get(name) != self._capacity.get(name):
+                continue
+            if self.available.get(name, 0) == now:
+                self.remove({name: now} if now else {})
+                self.add({name: wanted} if wanted else {})
+            else:  # part of it is granted
+                self.total[name] = wanted
+                self.available[name] += wanted - now
+
     # -- questions
 
     def feasible(self, demand: Resources) -> bool:

@@ -30,6 +30,8 @@ from hpc_ray.protocol import (
     RegisterNode,
     ReportResources,
     Resources,
+    ResourcesSet,
+    SetResources,
     Shutdown,
     Welcome,
 )
@@ -62,6 +64,7 @@ class RayletState(Workers, Bundles, Copies):
         self.build = build
         self.pid = pid
         self.pool = ResourcePool({name: round(amount * UNIT) for name, amount in config.resources.items()})
+        self.labels = config.labels
         self.dirty = True
         self.stopping = False
         self.stopped = False
@@ -103,7 +106,7 @@ class RayletState(Workers, Bundles, Copies):
             self.pid,
             dict(self.pool.total),
             dict(self.pool.available),
-            config.labels,
+            self.labels,
             is_head=self.node == 0,
             arena_bytes=config.arena_bytes,
         )
@@ -123,6 +126,20 @@ class RayletState(Workers, Bundles, Copies):
     def knows(self, address: int) -> bool:
         """Is a living process registered there?"""
         return address in self.by_address or address in self.peers
+
+    @handles(SetResources)
+    def on_set_resources(self, event: SetResources, source: int) -> None:
+        """A driver that is alone in a launched world says what its ``init`` was given."""
+        configured = {name: round(amount * UNIT) for name, amount in self.config.resources.items()}
+        kept = {name: amount for name, amount in configured.items() if name not in event.without}
+        self.pool.change_total({**kept, **event.resources})
+        self.labels = {**self.config.labels, **event.labels}
+        self.views[self.node] = self._own_view()
+        self.view_version += 1
+        self.dirty = True
+        self._report_at = 0.0
+        self.report()
+        self.send(source, ResourcesSet(self.node, self.labels))
 
     # -- membership
 

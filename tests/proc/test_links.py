@@ -266,6 +266,24 @@ def test_ways_to_start(way, script):
     assert ("MPI worker" in done.stderr) == ("run -n" in way or "mpirun" in way)
 
 
+def test_what_init_is_given_in_a_launched_world(tmp_path):
+    """It is of the driver's node; without it, each node has what the launcher found or was told."""
+    path = tmp_path / "resources.py"
+    path.write_text("""
+import hpc_ray as ray
+for given in ({"num_cpus": 4, "resources": {"slot": 2}, "labels": {"zone": "a"}}, {}):
+    ray.init(**given)
+    print([(n["Resources"].get("CPU"), n["Resources"].get("slot"), n["Labels"].get("zone")) for n in ray.nodes()])
+    assert ray.get(ray.remote(num_cpus=3)(lambda: 1).remote(), timeout=30) == 1
+    ray.shutdown()
+""")
+    done = finished([*HPC_RAY, "run", "-q", "-n", "2", "--nodes", "2", "--num-cpus", "3", str(path)])
+    assert done.stdout.splitlines() == [
+        "[(4.0, 2.0, 'a'), (None, None, None)]",
+        "[(3.0, None, None), (3.0, None, None)]",
+    ], done
+
+
 def test_the_script_ends_well(script):
     done = finished([*HPC_RAY, "run", "-q", "-n", "2", script("")], input="\n")
     assert done.returncode == 0 and "session_" not in done.stderr, done.stderr

@@ -154,6 +154,23 @@ def test_old_reports_are_ignored():
     assert gcs.ask("available_resources").value == {"CPU": UNIT}
 
 
+def test_a_driver_sets_resources():
+    """Answered when every node has said that it has them, or has died."""
+    gcs = Gcs([4, 4, 4])
+    assert gcs.ask("set_resources", resources={"CPU": UNIT}, labels={"zone": "a"}) is None
+    assert gcs.take(p.SetResources, raylet_address(0)) == [p.SetResources({"CPU": UNIT}, {"zone": "a"})]
+    assert gcs.take(p.SetResources, raylet_address(1)) == [p.SetResources({}, {}, ["CPU"])]
+    gcs.tell(p.ReportResources(0, 1, {"CPU": UNIT}, {"CPU": UNIT}), raylet_address(0))
+    gcs.tell(p.ResourcesSet(0, {"zone": "a"}), raylet_address(0))
+    gcs.tell(p.ReportResources(1, 1, {}, {}), raylet_address(1))
+    gcs.tell(p.ResourcesSet(1, {}), raylet_address(1))
+    assert gcs.take(p.Answer) == []
+    gcs.tell(p.NodeDied(2, b"", "lost"), raylet_address(2))
+    assert len(gcs.take(p.Answer)) == 1
+    assert gcs.ask("cluster_resources").value == {"CPU": UNIT}
+    assert [node["labels"] for node in gcs.ask("nodes").value[:2]] == [{"zone": "a"}, {}]
+
+
 def test_death_of_a_node():
     """NODE-1, NODE-3"""
     gcs = Gcs([4, 4, 4])

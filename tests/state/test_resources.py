@@ -114,3 +114,19 @@ def test_zero_demands_cost_nothing(amount):
     pool = ResourcePool({"CPU": amount})
     grant = pool.grant({"CPU": 0, "GPU": 0})
     assert grant.amounts == {}
+
+
+def test_a_new_total():
+    """What is granted stays; a resource that is overdrawn is free again when enough has come back."""
+    pool = ResourcePool(units(CPU=4, GPU=2, slot=1))
+    pool.add(bundle_names(units(CPU=1), GROUP, 0))
+    grants = [pool.grant(units(CPU=3)), pool.grant(units(GPU=0.5))]
+    pool.change_total(units(CPU=2, GPU=4, disk=1))
+    assert pool.total == {**units(CPU=2, GPU=2, disk=1), **bundle_names(units(CPU=1), GROUP, 0)}
+    assert pool.available["CPU"] == -UNIT and not pool.fits(units(CPU=1))
+    pool.validate(grants)
+    for grant in grants:
+        pool.give_back(grant)
+    pool.change_total(units(CPU=2, GPU=4))
+    pool.validate([])
+    assert pool.grant(units(GPU=4)).instances == {"GPU": [[index, UNIT] for index in range(4)]}
