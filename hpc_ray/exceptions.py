@@ -34,6 +34,8 @@ class RayTaskError(RayError):
     """User code raised. ``cause`` is the original exception (or, where that cannot travel, a text of it);
     ``str()`` shows the remote traceback. What ``get`` raises is at the same time an instance of the cause's class."""
 
+    cause: BaseException
+
     def __init__(
         self,
         function_name: str,
