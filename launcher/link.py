@@ -160,7 +160,7 @@ class Rank:
                     except OSError:
                         pass
             variables = session.scrubbed_environment()
-            variables[world.CONTROL_VARIABLE] = str(theirs.fileno())
+            variables[world.CONTROL_VARIABLE] = f"{os.getpid()}:{theirs.fileno()}"
             theirs.set_inheritable(True)
             for number in (signal.SIGINT, signal.SIGTERM, signal.SIGPIPE):
                 signal.signal(number, signal.SIG_DFL)

@@ -69,7 +69,7 @@ def start_cluster(
     """
     outer = json.loads(os.environ.get(OPTIONS_VARIABLE, "{}"))
     options = {**outer, **{name: value for name, value in options.items() if value is not None}}
-    if world.in_world() and world.CONTROL_VARIABLE in os.environ:
+    if world.is_driver():
         return world.join_from_link(build)
     rank = world.discover()
     if rank is not None and rank.size > 1:

@@ -30,7 +30,7 @@ from hpc_ray.launcher import channel, host, session
 from hpc_ray.launcher.attachment import Attachment, connect
 
 PLAN_VARIABLE = "HPC_RAY_LAUNCH_PLAN"
-CONTROL_VARIABLE = "HPC_RAY_CONTROL_FD"  # in a driver that a link has forked
+CONTROL_VARIABLE = "HPC_RAY_CONTROL_FD"  # PID:FD, in the driver PID that a link has forked
 HYDRA = "MPICH's mpirun"
 _RANKS_PER_CPU = 64
 _SPEAK_S = 2.0
@@ -447,8 +447,7 @@ def join_from_link(build: str = "") -> Attachment:
     """
     global _world
     if _world is None:
-        fd = int(os.environ.pop(CONTROL_VARIABLE))
-        control = socket.socket(fileno=fd)
+        control = socket.socket(fileno=int(os.environ.pop(CONTROL_VARIABLE).partition(":")[2]))
         control.set_inheritable(False)
         world = World(control, None)
         world.wait_ready(Settings.from_environment().start_timeout_s)
@@ -464,4 +463,9 @@ def let_rank_zero_speak(rank: int) -> None:
 
 def in_world() -> bool:
     """True where ``init()`` means the world that this process is already in."""
-    return _world is not None or CONTROL_VARIABLE in os.environ
+    return _world is not None or is_driver()
+
+
+def is_driver() -> bool:
+    """True in the program that ``hpc-ray run`` runs, before its first ``init()``; not in programs that it starts itself."""
+    return os.environ.get(CONTROL_VARIABLE, "").partition(":")[0] == str(os.getpid())

@@ -284,6 +284,21 @@ for given in ({"num_cpus": 4, "resources": {"slot": 2}, "labels": {"zone": "a"}}
     ], done
 
 
+def test_a_program_started_by_the_driver_has_a_cluster_of_its_own(tmp_path):
+    inner, outer = tmp_path / "inner.py", tmp_path / "outer.py"
+    inner.write_text("import hpc_ray as ray; ray.init(num_cpus=3); print(len(ray.nodes()), ray.cluster_resources()['CPU'])")
+    outer.write_text(f"""
+import subprocess, sys
+import hpc_ray as ray
+first = subprocess.check_output([sys.executable, {str(inner)!r}], text=True)
+ray.init()
+second = subprocess.check_output([sys.executable, {str(inner)!r}], text=True)
+print([first, second], len(ray.nodes()))
+""")
+    done = finished([*HPC_RAY, "run", "-q", "-n", "2", "--nodes", "2", str(outer)])
+    assert done.stdout.strip() == "['1 3.0\\n', '1 3.0\\n'] 2", done
+
+
 def test_the_script_ends_well(script):
     done = finished([*HPC_RAY, "run", "-q", "-n", "2", script("")], input="\n")
     assert done.returncode == 0 and "session_" not in done.stderr, done.stderr
