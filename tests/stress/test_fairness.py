@@ -132,7 +132,7 @@ print("right", flush=True)
 
 def test_a_stopped_driver():
     """Workers whose replies find no room wait for it, and lose none."""
-    process = subprocess.Popen([sys.executable, "-c", STOPPED_DRIVER], stdout=subprocess.PIPE, text=True)
+    process = subprocess.Popen([sys.executable, "-P", "-c", STOPPED_DRIVER], stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None
     assert process.stdout.readline() == "sent\n"
     _stopped(process.pid, True)
