@@ -102,6 +102,11 @@ $(VENV)/.train: $(VENV)/.made pyproject.toml
 	$(BIN)/pip install -qq -r $(VENV)/requirements-train.txt
 	@touch $@
 
+$(VENV)/.libraries: $(VENV)/.train
+	@$(BIN)/python -c "$$requirements" libraries > $(VENV)/requirements-libraries.txt
+	$(BIN)/pip install -qq -r $(VENV)/requirements-libraries.txt
+	@touch $@
+
 # ---------------------------------------------------------------- the demo
 
 demo: $(VENV)/.train $(VENV)/.installed
@@ -146,7 +151,7 @@ test-mpich: $(MPICH_VENV)/.installed
 	@$(call mpi_ranks,$(MPICH_VENV),)
 	$(TIMED) $(MPICH_VENV)/bin/pytest tests/mpi tests/proc $(PYTEST_ARGS) || test $$? = 5
 
-test-python: $(VENV)/.train $(VENV)/.installed
+test-python: $(VENV)/.libraries $(VENV)/.installed
 	$(PYTEST) -m 'not stress' --ignore=tests/stress $(PYTEST_ARGS)
 
 # Loads and breaks sessions for minutes; wants a machine on which nothing else of hpc_ray runs.

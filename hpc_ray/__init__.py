@@ -22,7 +22,7 @@ from hpc_ray.client.refs import ObjectRef
 from hpc_ray.client.streams import DynamicObjectRefGenerator, ObjectRefGenerator
 from hpc_ray.ids import ActorID, JobID, NodeID, PlacementGroupID, TaskID, UniqueID, WorkerID
 from hpc_ray.runtime_context import get_runtime_context
-from hpc_ray.session import init, is_initialized, shutdown
+from hpc_ray.session import init, install_as_ray, is_initialized, shutdown
 from hpc_ray.version import __version__
 
 ObjectID = ObjectRef  # the older name
@@ -49,6 +49,7 @@ __all__ = [
     "get_gpu_ids",
     "get_runtime_context",
     "init",
+    "install_as_ray",
     "is_initialized",
     "kill",
     "method",

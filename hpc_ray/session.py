@@ -11,6 +11,7 @@ import uuid
 from collections.abc import Mapping
 from typing import Any
 
+from hpc_ray import as_ray
 from hpc_ray.client import context
 from hpc_ray.client.client import Client, Waiter
 from hpc_ray.config import Settings
@@ -104,6 +105,7 @@ def init(
         namespace: of named actors; default: one of its own.
         num_nodes (keyword): this many virtual nodes, which share nothing but MPI; the amounts are each node's.
         _system_config (keyword): settings by name, see ``config.Settings``.
+        _memory (keyword): bytes that tasks and actors may ask for with their option ``memory``.
         The rest is Ray's and stands for what hpc_ray does not have; any other value than the default is refused.
 
     Raises:
@@ -124,6 +126,8 @@ def init(
             )
         num_nodes = kwargs.pop("num_nodes", None)
         system = kwargs.pop("_system_config", None)
+        memory = kwargs.pop("_memory", None)
+        kwargs.pop("_redis_password", None)  # libraries pass it on; there is no Redis that it could protect
         if kwargs:
             raise RuntimeError(f"Unknown keyword argument(s): {', '.join(sorted(kwargs))}; see help(hpc_ray.init)")
         _refuse_what_is_not_offered(
@@ -153,6 +157,7 @@ def init(
         given: dict[str, Any] = {
             "num_cpus": num_cpus,
             "num_gpus": num_gpus,
+            "memory": memory,
             "resources": resources,
             "labels": labels,
             "object_store_memory": object_store_memory,
@@ -291,6 +296,24 @@ def _address_info(client: Client) -> dict[str, Any]:
         "session_dir": welcome.session_dir,
         "address": welcome.session,
     }
+
+
+def install_as_ray() -> None:
+    """From now on ``import ray`` gives hpc_ray, in this process and in the workers of the sessions that it starts.
+
+    Call it before ``init()`` and before anything imports ``ray``; a second call does nothing. ``hpc-ray run --as-ray`` does it for
+    a program that cannot be changed.
+
+    Raises:
+        RuntimeError: Ray itself has been imported, or a session runs, whose workers would not know of it.
+    """
+    if as_ray.VARIABLE in os.environ and "ray" in sys.modules:
+        return
+    if "ray" in sys.modules:
+        raise RuntimeError("Ray itself has been imported in this process; call hpc_ray.install_as_ray() before `import ray`")
+    if context.client is not None:
+        raise RuntimeError("call hpc_ray.install_as_ray() before init(): the workers of this session have started without it")
+    as_ray.install()
 
 
 def shutdown(*, wait_for_processes: bool = True, _exiting_interpreter: bool = False) -> None:

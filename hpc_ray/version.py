@@ -1,3 +1,4 @@
-"""The version of the package."""
+"""Versions: of the package, and of what it follows."""
 
 __version__ = "0.1.0"
+RAY_VERSION = "2.60.0"  # of Ray Core, whose names and behaviour these are

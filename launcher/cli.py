@@ -21,6 +21,7 @@ from typing import Any, NoReturn
 import click
 
 from hpc_ray import _core
+from hpc_ray import as_ray as as_ray_module
 from hpc_ray.config import Settings
 from hpc_ray.exceptions import RayError
 from hpc_ray.ids import GCS_ADDRESS
@@ -80,6 +81,7 @@ def cli() -> None:
 @click.option("-n", "--ranks", type=int, help="Ranks to start with mpirun; the lowest of each host leads its node.")
 @click.option("--nodes", type=int, help="Nodes; on one host these are virtual ones (default: one for each host).")
 @_amounts
+@click.option("--as-ray", is_flag=True, help="`import ray` gives hpc_ray, in the script and in all workers.")
 @click.option("-q", "--quiet", is_flag=True, help="Do not print the roster.")
 @click.option("--mpirun-option", "mpirun_options", multiple=True, help="Passed to mpirun as it is; may be repeated.")
 @click.argument("script")
@@ -87,6 +89,7 @@ def cli() -> None:
 def run(
     ranks: int | None,
     nodes: int | None,
+    as_ray: bool,
     quiet: bool,
     mpirun_options: tuple[str, ...],
     script: str,
@@ -105,6 +108,12 @@ def run(
         if say:
             _fail(f"--nodes must be at least 1, it is {nodes}", 2)
         _fail_silently(place)
+    command = [script, *arguments]
+    if as_ray:
+        os.environ[as_ray_module.VARIABLE] = "1"
+        command = ["-P", "-c", "from hpc_ray.as_ray import main; main()", *command]
+    inherited = os.environ.get("PYTHONPATH", "").split(os.pathsep)
+    python_path = [os.path.dirname(os.path.realpath(script)), *(path for path in inherited if path)]
     if place is not None and place.size > 1:
         if ranks is not None and ranks != place.size:
             if say:
@@ -114,33 +123,24 @@ def run(
                     2,
                 )
             _fail_silently(place)
-        plan = _plan(options, nodes, place.size, quiet, script, arguments)
+        plan = _plan(options, nodes, place.size, quiet, command, python_path)
         world.become_link(plan)
     wanted = ranks or nodes or 1
     if nodes is not None and nodes > wanted:
         _fail(f"{nodes} nodes need at least as many ranks, but -n is {wanted}", 2)
     if wanted == 1:
-        _exec_script(script, arguments, options)
+        _exec_script(command, options)
     world.check_ranks(wanted)
-    sys.exit(_supervise(wanted, _plan(options, nodes, wanted, quiet, script, arguments), list(mpirun_options)))
+    sys.exit(_supervise(wanted, _plan(options, nodes, wanted, quiet, command, python_path), list(mpirun_options)))
 
 
 def _plan(
-    options: dict[str, Any], nodes: int | None, ranks: int, quiet: bool, script: str, arguments: tuple[str, ...]
+    options: dict[str, Any], nodes: int | None, ranks: int, quiet: bool, command: list[str], python_path: list[str]
 ) -> dict[str, Any]:
-    inherited = os.environ.get("PYTHONPATH", "").split(os.pathsep)
-    folder = os.path.dirname(os.path.realpath(script))
-    return world.make_plan(
-        options,
-        nodes=nodes,
-        world=ranks,
-        quiet=quiet,
-        script=[script, *arguments],
-        python_path=[folder, *(path for path in inherited if path)],
-    )
+    return world.make_plan(options, nodes=nodes, world=ranks, quiet=quiet, script=command, python_path=python_path)
 
 
-def _exec_script(script: str, arguments: tuple[str, ...], options: dict[str, Any]) -> NoReturn:
+def _exec_script(command: list[str], options: dict[str, Any]) -> NoReturn:
     """One node: no MPI; the script starts it by itself in ``init()``."""
     variables = session.scrubbed_environment()
     given = {name: value for name, value in options.items() if value is not None}
@@ -148,7 +148,7 @@ def _exec_script(script: str, arguments: tuple[str, ...], options: dict[str, Any
         variables[local.OPTIONS_VARIABLE] = json.dumps(given)
     sys.stdout.flush()
     sys.stderr.flush()
-    os.execve(sys.executable, [sys.executable, script, *arguments], variables)
+    os.execve(sys.executable, [sys.executable, *command], variables)
 
 
 def _supervise(ranks: int, plan: dict[str, Any], extra: list[str]) -> int:

@@ -26,7 +26,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from hpc_ray import _core
+from hpc_ray import _core, as_ray
 from hpc_ray.config import NodeConfig, encode_config
 from hpc_ray.exceptions import LaunchError
 from hpc_ray.ids import FORK_SERVER_LANE, GCS_ADDRESS, raylet_address
@@ -286,6 +286,8 @@ class ForkServer:
             os.environ[WORKER_VARIABLE] = str(os.getpid())
             if request.runtime_env:
                 os.environ[RUNTIME_ENV_VARIABLE] = request.runtime_env
+            if as_ray.VARIABLE in os.environ:
+                as_ray.install()
             sys.path[:] = [*config.python_path, *(p for p in sys.path if p not in config.python_path)]
             if config.working_dir:
                 try:

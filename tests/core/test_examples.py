@@ -11,7 +11,15 @@ from pathlib import Path
 import pytest
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
-NEEDS_TRAIN = {"host_actor", "weight_averaging", "parameter_server"}
+NEEDS = {
+    "host_actor": ("train", "sklearn"),
+    "weight_averaging": ("train", "sklearn"),
+    "parameter_server": ("train", "sklearn"),
+    "train_digits": ("train", "torch", "sklearn", "matplotlib"),
+    "modin_tables": ("libraries", "modin", "pandas", "sklearn"),
+    "grid_search": ("libraries", "joblib", "sklearn"),
+    "dask_graph": ("libraries", "dask", "sklearn"),
+}
 SMALL = sorted(path.stem for path in EXAMPLES.glob("*.py") if path.stem != "train_digits")
 WAYS = ("allreduce", "ps", "async-ps")
 
@@ -22,16 +30,16 @@ def run(name, cwd, *arguments):
     )
 
 
-def need(*modules):
+def need(name):
+    extra, *modules = NEEDS.get(name, ("",))
     for module in modules:
         if importlib.util.find_spec(module) is None:
-            pytest.skip(f"{module} is not installed: pip install 'hpc-ray[train]'")
+            pytest.skip(f"{module} is not installed: pip install 'hpc-ray[{extra}]'")
 
 
 @pytest.mark.parametrize("name", SMALL)
 def test_small_example(name, tmp_path):
-    if name in NEEDS_TRAIN:
-        need("sklearn")
+    need(name)
     found = run(name, tmp_path)
     assert found.returncode == 0, found.stderr
     assert found.stdout.strip()
@@ -45,7 +53,7 @@ def hashes():
 
 @pytest.mark.parametrize("way", WAYS)
 def test_training_on_digits(way, tmp_path, hashes):
-    need("torch", "sklearn", "matplotlib")
+    need("train_digits")
     found = run("train_digits", tmp_path, "--sync", way, "--quiet")
     assert found.returncode == 0, found.stderr
     accuracy = re.search(r"test accuracy +([\d.]+)%", found.stdout)
@@ -60,5 +68,5 @@ def test_training_on_digits(way, tmp_path, hashes):
 def test_synchronous_ways_agree_to_the_last_bit(hashes):
     """They add the same numbers in the same order, whoever does it; so each reproduces, too."""
     if "allreduce" not in hashes:
-        need("torch", "sklearn", "matplotlib")
+        need("train_digits")
     assert hashes["allreduce"] == hashes["ps"]

@@ -52,7 +52,7 @@ GROUPS = {
     "transport": Group(2, "transport"),
     "core": Group(2, "_core"),
     "messages": Group(1, "protocol serialize"),
-    "basis": Group(0, "exceptions ids config clock version worker_log"),
+    "basis": Group(0, "as_ray exceptions ids config clock version worker_log"),
     "slurm": Group(0, "slurm", beside="basis"),
 }
 # Distributions other than the standard library that a layer may use. Optional ones (mpi4py, torch, cupy …) are imported inside
