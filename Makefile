@@ -22,8 +22,8 @@ TORCH_SPEC ?= torch==2.13.0
 LIMIT ?= 900
 # More arguments for pytest: make test-python PYTEST_ARGS='-k actors -x'
 PYTEST_ARGS ?=
-# Where the conformance suite is (a folder with runner.py).
-CONFORMANCE ?= ../shared/conformance
+# More arguments for the runner of the conformance suite: make conformance CONFORMANCE_ARGS='--only tasks -v'
+CONFORMANCE_ARGS ?=
 
 BIN = $(VENV)/bin
 MPICH_VENV = $(VENV)-mpich
@@ -175,12 +175,11 @@ lint: $(VENV)/.requirements links
 
 # ---------------------------------------------------------------- the rest
 
-conformance: $(VENV)/.installed
-	@if [ -f $(CONFORMANCE)/runner.py ]; then \
-	  $(TIMED) $(BIN)/python $(CONFORMANCE)/runner.py check --engine hpc_ray; \
-	else \
-	  echo "There is no conformance suite in $(CONFORMANCE); name its folder with CONFORMANCE=..."; \
-	fi
+# Programs whose results on Ray 2.60 are the expected ones: with plain python, and on two nodes over MPI.
+CONFORM = $(TIMED) $(BIN)/python tests/conformance/runner.py check --engine hpc_ray $(CONFORMANCE_ARGS)
+conformance: $(VENV)/.libraries $(VENV)/.installed
+	$(CONFORM)
+	$(CONFORM) --without one_node --launch '$(CURDIR)/$(BIN)/mpirun -n 4 --map-by slot:OVERSUBSCRIBE $(CURDIR)/$(BIN)/hpc-ray run --nodes 2'
 
 clean:
 	rm -rf build dist $(VENV) $(MPICH_VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis train_digits-*.png
