@@ -1,12 +1,13 @@
-"""Runtime environments: what the processes of a task, an actor or a program shall find. Here they are checked, not made.
+"""Runtime environments: what the processes of a task, an actor or a program shall find. Here they are checked.
 
-Relied on by programs, which may as well give a plain dict, and by whoever makes the environments.
+Relied on by programs, which may as well give a plain dict, and by ``packing``, which sends them to where they are made.
 """
 
 from __future__ import annotations
 
 import json
 import pathlib
+import types
 from collections.abc import Callable
 from typing import Any
 
@@ -76,12 +77,16 @@ def _check_py_modules(value: Any) -> list[Any]:
     if not isinstance(value, list):
         raise TypeError(f"`py_modules` must be a list of strings, got {type(value)}.")
     for item in value:
-        if isinstance(item, str) and not _is_remote(item) and not pathlib.Path(item).expanduser().exists():
+        if isinstance(item, types.ModuleType):
+            continue
+        if not isinstance(item, (str, pathlib.Path)):
+            raise TypeError(f"`py_module` must be a string, got {type(item)}.")
+        if not _is_remote(str(item)) and not pathlib.Path(item).expanduser().exists():
             raise ValueError(f"{item} is not a valid path.")
     return value
 
 
-def _check_env_vars(value: Any) -> dict[str, str]:
+def _check_env_vars(value: Any) -> dict[str, str] | None:
     if not isinstance(value, dict):
         raise TypeError(f"runtime_env['env_vars'] must be of type Dict[str, str], got {type(value)}")
     for key, text in value.items():
@@ -91,18 +96,23 @@ def _check_env_vars(value: Any) -> dict[str, str]:
             raise TypeError(
                 f"runtime_env['env_vars'] must be of type Dict[str, str], but the value {text} is of type {type(text)}"
             )
-    return value
+    return value or None
 
 
-def _packages(kind: str, value: Any) -> dict[str, Any]:
-    """What ``pip`` and ``uv`` may be: a list of requirements, a file of them, or a dict with ``packages``."""
-    check = f"{kind}_check"
+def _packages(kind: str, value: Any) -> dict[str, Any] | None:
+    """What ``pip`` and ``uv`` may be: a list of requirements, a file of them, or a dict with ``packages``. None: no package."""
+    check, version, options = f"{kind}_check", f"{kind}_version", _INSTALL_OPTIONS[kind]
     if isinstance(value, str):
-        return {"packages": _requirements(value), check: False}
-    if isinstance(value, list) and all(isinstance(item, str) for item in value):
-        return {"packages": list(dict.fromkeys(value)), check: False}
+        value = {"packages": _requirements(value)}
+    elif isinstance(value, list) and all(isinstance(item, str) for item in value):
+        value = {"packages": value}
     if not isinstance(value, dict):
         raise TypeError(f"runtime_env['{kind}'] must be of type str or List[str], got {type(value)}")
+    unknown = sorted(set(value) - {"packages", check, version, options})
+    if unknown:
+        raise ValueError(
+            f"runtime_env['{kind}'] can only have these fields: packages, {check}, {version} and {options}, but got: {unknown}"
+        )
     if "packages" not in value:
         raise ValueError(f"runtime_env['{kind}'] must include field 'packages', but got {value}")
     found = {check: False, **value}
@@ -112,7 +122,16 @@ def _packages(kind: str, value: Any) -> dict[str, Any]:
         raise ValueError(f"runtime_env['{kind}']['packages'] must be of type str or list, got {type(value['packages'])}")
     if not isinstance(found[check], bool):
         raise TypeError(f"runtime_env['{kind}']['{check}'] must be of type bool, got {type(found[check])}")
-    return found
+    if not isinstance(found.get(version, ""), str):
+        raise TypeError(f"runtime_env['{kind}']['{version}'] must be of type str, got {type(found[version])}")
+    for name in ("packages", options):
+        if not isinstance(found.get(name, []), list) or not all(isinstance(item, str) for item in found.get(name, [])):
+            raise TypeError(f"runtime_env['{kind}']['{name}'] must be of type list[str], got {found[name]!r}")
+    found["packages"] = list(dict.fromkeys(found["packages"]))
+    return found if found["packages"] else None
+
+
+_INSTALL_OPTIONS = {"pip": "pip_install_options", "uv": "uv_pip_install_options"}
 
 
 def _requirements(path: str) -> list[str]:
@@ -120,6 +139,18 @@ def _requirements(path: str) -> list[str]:
     if not file.is_file():
         raise ValueError(f"{path} is not a valid file")
     return [line.strip() for line in file.read_text().splitlines() if line.strip()]
+
+
+def _check_executable(value: Any) -> str:
+    if not isinstance(value, str) or not value.strip():
+        raise TypeError(f"runtime_env['py_executable'] must be the path of a Python executable or a command, got {value!r}")
+    return value
+
+
+def _check_hook(value: Any) -> Any:
+    if not callable(value) and not (isinstance(value, str) and "." in value):
+        raise TypeError(f"worker_process_setup_hook must be a function, or 'module.function', got {value!r}")
+    return value
 
 
 def _check_conda(value: Any) -> Any:
@@ -133,8 +164,8 @@ def _check_conda(value: Any) -> Any:
 def _check_strings(name: str) -> Callable[[Any], Any]:
     def check(value: Any) -> Any:
         if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
-            raise TypeError(f"runtime_env['{name}'] must be a list of strings, got {type(value)}")
-        return value
+            raise TypeError(f"runtime_env['{name}'] must be of type List[str], got {type(value)}")
+        return value or None
 
     return check
 
@@ -147,6 +178,8 @@ _CHECKS: dict[str, Callable[[Any], Any]] = {
     "uv": lambda value: _packages("uv", value),
     "conda": _check_conda,
     "excludes": _check_strings("excludes"),
+    "py_executable": _check_executable,
+    "worker_process_setup_hook": _check_hook,
     "config": RuntimeEnvConfig.parse_and_validate_runtime_env_config,
 }
 
@@ -214,7 +247,9 @@ class RuntimeEnv(dict):
             if name in given and others:
                 raise ValueError(f"The '{name}' field of runtime_env cannot be used together with {', '.join(others)}")
         for name, value in given.items():
-            super().__setitem__(name, self._checked(name, value) if _validate else value)
+            checked = self._checked(name, value) if _validate else value
+            if checked is not None:  # empty ones are not given
+                super().__setitem__(name, checked)
 
     @staticmethod
     def _checked(name: str, value: Any) -> Any:
@@ -222,7 +257,9 @@ class RuntimeEnv(dict):
         return value if check is None else check(value)
 
     def __setitem__(self, name: str, value: Any) -> None:
-        super().__setitem__(name, self._checked(name, value))
+        checked = self._checked(name, value)
+        if checked is not None:
+            super().__setitem__(name, checked)
 
     def set(self, name: str, value: Any) -> None:
         """Set a field; raises as the constructor does."""
