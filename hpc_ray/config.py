@@ -14,6 +14,7 @@ import msgspec
 from hpc_ray.exceptions import ConfigurationError
 
 ENVIRONMENT_PREFIX = "HPC_RAY_"
+DEFAULT_SETUP_TIMEOUT_S = 600  # for a runtime environment that does not say another
 RUNTIME_ENV_VARIABLE = "HPC_RAY_RUNTIME_ENV"  # JSON of StartWorker.runtime_env, in a worker that starts
 
 

@@ -21,17 +21,6 @@ from hpc_ray.runtime_env import RuntimeEnv
 
 MAX_BYTES = 100_000  # of the text: it travels with every worker that is asked for
 
-_OFFERED = {
-    "working_dir",
-    "py_modules",
-    "excludes",
-    "pip",
-    "uv",
-    "env_vars",
-    "py_executable",
-    "worker_process_setup_hook",
-    "config",
-}
 _INSTEAD = {
     "conda": "compute nodes rarely reach its channels. Use py_executable='/path/of/the/environment/bin/python', or load a module "
     "in the job script",
@@ -57,7 +46,7 @@ def check(given: Any) -> RuntimeEnv:
     for name, instead in _INSTEAD.items():
         if name in env:
             raise ValueError(f"runtime_env[{name.lstrip('_')!r}] is not offered by hpc_ray: {instead}.")
-    unknown = sorted(name for name in env if name not in _OFFERED and not name.startswith("_"))
+    unknown = sorted(name for name, _ in env.plugins())
     if unknown:
         logging.getLogger("hpc_ray").warning("runtime_env does not know %s, which changes nothing", ", ".join(unknown))
     return env

@@ -5,13 +5,15 @@ Relied on by programs, which may as well give a plain dict, and by ``packing``, 
 
 from __future__ import annotations
 
+import hashlib
 import json
+import logging
 import pathlib
 import types
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
-DEFAULT_TIMEOUT_S = 600
+from hpc_ray.config import DEFAULT_SETUP_TIMEOUT_S
 
 
 class RuntimeEnvConfig(dict):
@@ -27,7 +29,7 @@ class RuntimeEnvConfig(dict):
     """
 
     def __init__(
-        self, setup_timeout_seconds: int = DEFAULT_TIMEOUT_S, eager_install: bool = True, log_files: list[str] | None = None
+        self, setup_timeout_seconds: int = DEFAULT_SETUP_TIMEOUT_S, eager_install: bool = True, log_files: list[str] | None = None
     ):
         super().__init__()
         if not isinstance(setup_timeout_seconds, int):
@@ -49,8 +51,8 @@ class RuntimeEnvConfig(dict):
             raise TypeError(f"runtime_env['config'] must be of type dict or RuntimeEnvConfig, got: {type(config)}")
         unknown = sorted(set(config) - {"setup_timeout_seconds", "eager_install", "log_files"})
         if unknown:
-            raise ValueError(f"runtime_env['config'] does not know {', '.join(unknown)}")
-        return RuntimeEnvConfig(**config)
+            logging.getLogger("hpc_ray").warning("runtime_env['config'] does not know %s, which changes nothing", ", ".join(unknown))
+        return RuntimeEnvConfig(**{name: value for name, value in config.items() if name not in unknown})
 
     @classmethod
     def default_config(cls) -> RuntimeEnvConfig:
@@ -58,6 +60,9 @@ class RuntimeEnvConfig(dict):
 
     def to_dict(self) -> dict[str, Any]:
         return dict(self)
+
+
+_ARCHIVES = (".zip", ".tar.gz", ".tgz", ".tar.xz")
 
 
 def _is_remote(path: str) -> bool:
@@ -68,6 +73,8 @@ def _check_working_dir(value: Any) -> str:
     if not isinstance(value, (str, pathlib.Path)):
         raise TypeError(f"`working_dir` must be a string, got {type(value)}.")
     path = str(value)
+    if _is_remote(path) and not path.partition("?")[0].endswith(_ARCHIVES):
+        raise ValueError(f"Only {', '.join(_ARCHIVES)} files are supported for working_dir URIs; got {path}.")
     if not _is_remote(path) and not pathlib.Path(path).expanduser().exists():
         raise ValueError(f"{path} is not a valid path.")
     return path
@@ -116,6 +123,8 @@ def _packages(kind: str, value: Any) -> dict[str, Any] | None:
     if "packages" not in value:
         raise ValueError(f"runtime_env['{kind}'] must include field 'packages', but got {value}")
     found = {check: False, **value}
+    if kind == "uv":
+        found.setdefault(options, ["--no-cache"])
     if isinstance(value["packages"], str):
         found["packages"] = _requirements(value["packages"])
     elif not isinstance(value["packages"], list):
@@ -198,6 +207,25 @@ class RuntimeEnv(dict):
     Raises:
         TypeError, ValueError: a field that cannot be, or two that exclude each other.
     """
+
+    known_fields: ClassVar[set[str]] = {
+        "py_modules",
+        "py_executable",
+        "java_jars",
+        "working_dir",
+        "conda",
+        "pip",
+        "uv",
+        "container",
+        "excludes",
+        "env_vars",
+        "config",
+        "worker_process_setup_hook",
+        "_setup_hook",  # the package with the hook, where it was given as a function
+        "_nsight",
+        "_rocprof_sys",
+        "image_uri",
+    }
 
     def __init__(
         self,
@@ -292,6 +320,12 @@ class RuntimeEnv(dict):
     def has_working_dir(self) -> bool:
         return bool(self.get("working_dir"))
 
+    def working_dir_uri(self) -> str | None:
+        return self.get("working_dir")
+
+    def py_modules_uris(self) -> list[str]:
+        return self.py_modules()
+
     def py_modules(self) -> list[str]:
         return list(self.get("py_modules", []))
 
@@ -304,11 +338,38 @@ class RuntimeEnv(dict):
     def has_conda(self) -> bool:
         return bool(self.get("conda"))
 
+    def conda_env_name(self) -> str | None:
+        """None without one, or where ``conda`` describes an environment."""
+        return self["conda"] if isinstance(self.get("conda"), str) else None
+
+    def conda_config(self) -> str | None:
+        """The description of a conda environment as JSON."""
+        return json.dumps(self["conda"], sort_keys=True) if isinstance(self.get("conda"), dict) else None
+
+    def conda_uri(self) -> str | None:
+        return self._uri("conda")
+
     def has_pip(self) -> bool:
         return bool(self.get("pip"))
 
+    def pip_uri(self) -> str | None:
+        """A name for what ``pip`` asks for; the same for the same."""
+        return self._uri("pip")
+
+    def virtualenv_name(self) -> str | None:
+        """None: ``pip`` never names an environment here, it makes one."""
+        return None
+
     def has_uv(self) -> bool:
         return bool(self.get("uv"))
+
+    def uv_uri(self) -> str | None:
+        return self._uri("uv")
+
+    def _uri(self, kind: str) -> str | None:
+        if kind not in self:
+            return None
+        return f"{kind}://{hashlib.sha1(json.dumps(self[kind], sort_keys=True).encode()).hexdigest()}"
 
     def pip_config(self) -> dict[str, Any]:
         return dict(self.get("pip", {})) if self.has_pip() else {}
@@ -318,6 +379,34 @@ class RuntimeEnv(dict):
 
     def image_uri(self) -> str | None:
         return self.get("image_uri")
+
+    def has_py_container(self) -> bool:
+        return bool(self.get("container"))
+
+    def py_container_image(self) -> str | None:
+        return self["container"].get("image", "") if self.has_py_container() else None
+
+    def py_container_worker_path(self) -> str | None:
+        return self["container"].get("worker_path", "") if self.has_py_container() else None
+
+    def py_container_run_options(self) -> list[str] | None:
+        return self["container"].get("run_options", []) if self.has_py_container() else None
+
+    def java_jars(self) -> list[str]:
+        return list(self.get("java_jars", []))
+
+    def nsight(self) -> Any:
+        return self.get("_nsight")
+
+    def rocprof_sys(self) -> Any:
+        return self.get("_rocprof_sys")
+
+    def plugins(self) -> list[tuple[str, Any]]:
+        """The fields that are not known."""
+        return [(name, value) for name, value in self.items() if name not in self.known_fields]
+
+    def plugin_uris(self) -> list[str]:
+        return []
 
 
 def _rebuild(fields: dict[str, Any]) -> RuntimeEnv:

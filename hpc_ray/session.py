@@ -294,6 +294,28 @@ def _connect(attachment: Any, namespace: str | None, job: JobConfig, log_to_driv
     client.adopt(attachment.welcome, attachment.early)
     attachment.on_node_death = lambda text: client.fail(LocalRayletDiedError(f"the session is over: {text}"))
     name = namespace or str(uuid.uuid4())
+    try:
+        environment = _register_job(client, name, job)
+    except BaseException:
+        client.close()
+        raise
+    context.namespace = name
+    context.runtime_env = environment
+    context.detached = job._default_actor_lifetime == "detached"
+    context.set_client(client)
+    if environment and json.loads(environment).get("config", {}).get("eager_install", True):
+        for node in range(config.nodes):
+            client.send(raylet_address(node), InstallEnvironment(environment))
+    client.interrupts.install()
+    if log_to_driver:
+        client.on_log = _print_log
+        client.send(client.raylet, FollowLogs(client.address, client.job_id, True))
+    return client
+
+
+def _register_job(client: Client, name: str, job: JobConfig) -> str:
+    """Tell the cluster about this program; its runtime environment as it travels."""
+    config = client.config
     environment = packed(job.runtime_env, client)
     settings = {
         "python_path": sys.path,
@@ -310,18 +332,7 @@ def _connect(attachment: Any, namespace: str | None, job: JobConfig, log_to_driv
     client.use_job(answer.job_id)
     if config.nodes > 1:
         client.query(GCS_ADDRESS, "wait_nodes", config.settings.start_timeout_s, count=config.nodes)
-    context.namespace = name
-    context.runtime_env = environment
-    context.detached = job._default_actor_lifetime == "detached"
-    context.set_client(client)
-    if environment and json.loads(environment).get("config", {}).get("eager_install", True):
-        for node in range(config.nodes):
-            client.send(raylet_address(node), InstallEnvironment(environment))
-    client.interrupts.install()
-    if log_to_driver:
-        client.on_log = _print_log
-        client.send(client.raylet, FollowLogs(client.address, client.job_id, True))
-    return client
+    return environment
 
 
 def _print_log(message: LogLines) -> None:

@@ -13,7 +13,6 @@ import os
 import shutil
 import subprocess
 import sys
-import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -25,22 +24,19 @@ _TAIL_LINES = 30
 
 
 class Installer:
-    """Runs the commands of one environment, with a log and a deadline.
+    """Runs the commands of one environment, with a log. The caller limits the time: a signal ends a command that is waited for.
 
     Args:
         root: the node's folder for environments.
         below: folders of the driver's packages.
         working_dir: where relative paths in requirements start.
-        timeout_s: for all of it; -1: as long as it takes.
         logs: the session's folder for them.
     """
 
-    def __init__(self, root: Path, below: Sequence[str], working_dir: str, timeout_s: float, logs: Path):
+    def __init__(self, root: Path, below: Sequence[str], working_dir: str, logs: Path):
         self.root = root
         self.below = below
         self.working_dir = working_dir
-        self.deadline = None if timeout_s < 0 else time.monotonic() + timeout_s
-        self.timeout_s = timeout_s
         self.logs = logs
         self.log = logs / "runtime_env.log"
 
@@ -53,7 +49,6 @@ class Installer:
 
         Raises:
             RuntimeError: a command failed; the text has the end of what it said.
-            TimeoutError: it took longer than ``setup_timeout_seconds``.
         """
         packages = [item.replace(WORKING_DIR, self.working_dir) for item in wish["packages"]]
         wish = {**wish, "packages": packages}
@@ -98,24 +93,12 @@ class Installer:
             self._run([uv, "pip", "check", "--python", str(python_of(folder))])
 
     def _run(self, command: list[str]) -> None:
-        left = None if self.deadline is None else max(0.1, self.deadline - time.monotonic())
         place = self.working_dir if os.path.isdir(self.working_dir) else None
         with self.log.open("a") as log:
             print("$", *command, file=log, flush=True)
-            try:
-                status = subprocess.run(
-                    command,
-                    check=False,
-                    stdin=subprocess.DEVNULL,
-                    stdout=log,
-                    stderr=subprocess.STDOUT,
-                    cwd=place,
-                    timeout=left,
-                ).returncode
-            except subprocess.TimeoutExpired:
-                raise TimeoutError(
-                    f"{' '.join(command)} did not end within the setup_timeout_seconds of {self.timeout_s:g} s"
-                ) from None
+            status = subprocess.run(
+                command, check=False, stdin=subprocess.DEVNULL, stdout=log, stderr=subprocess.STDOUT, cwd=place
+            ).returncode
         if status:
             tail = "".join(self.log.read_text(errors="replace").splitlines(keepends=True)[-_TAIL_LINES:])
             raise RuntimeError(f"{' '.join(command)} failed with status {status} (log: {self.log}):\n{tail}")

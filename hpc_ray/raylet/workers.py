@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
+from hpc_ray.config import DEFAULT_SETUP_TIMEOUT_S
 from hpc_ray.ids import GCS_ADDRESS, RAYLET_LANE, lane_of, node_of, raylet_address
 from hpc_ray.machine import Table, death_text, handles
 from hpc_ray.protocol import (
@@ -42,7 +43,6 @@ if TYPE_CHECKING:
 SIGKILL = 9
 MAX_START_FAILURES = 3  # in a row for one environment, before its requests get the error
 START_RETRY_S = 1.0  # pause after that for workers that nobody asked for
-SETUP_TIMEOUT_S = 600.0  # for a runtime environment that does not say another
 OTHER_IDLE_S = 1.0  # after that a worker's place may go to another environment
 
 
@@ -463,4 +463,4 @@ def _setup_timeout_s(env: str) -> float:
     if not env:
         return 0.0
     config = msgspec.json.decode(env).get("config", {})
-    return float(config.get("setup_timeout_seconds", SETUP_TIMEOUT_S))
+    return float(config.get("setup_timeout_seconds", DEFAULT_SETUP_TIMEOUT_S))

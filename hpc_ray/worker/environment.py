@@ -14,21 +14,24 @@ ENV-2 (answered): whatever goes wrong reaches the raylet as EnvironmentFailed, a
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import json
 import os
 import re
 import shlex
 import shutil
+import signal
 import sys
 import time
 import traceback
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from hpc_ray import serialize
 from hpc_ray.client.client import Client
-from hpc_ray.config import RUNTIME_ENV_VARIABLE, encode_config
+from hpc_ray.config import DEFAULT_SETUP_TIMEOUT_S, RUNTIME_ENV_VARIABLE, encode_config
 from hpc_ray.environments import packages
 from hpc_ray.environments.install import Installer, python_of, site_packages
 from hpc_ray.ids import GCS_ADDRESS
@@ -51,9 +54,25 @@ class Environment:
         self.fields: dict[str, Any] = json.loads(text)
         self.client = client
         self.root = Path(client.config.session_dir, "runtime_envs")
+        self.timeout_s = self.fields.get("config", {}).get("setup_timeout_seconds", DEFAULT_SETUP_TIMEOUT_S)
 
     def ask(self, name: str, /, **arguments: Any) -> Any:
         return self.client.query(GCS_ADDRESS, name, **arguments)
+
+    @contextlib.contextmanager
+    def time_limit(self) -> Iterator[None]:
+        """Raises TimeoutError into what runs longer than ``setup_timeout_seconds``; the raylet ends what does not hear of it."""
+
+        def late(*_: object) -> None:
+            raise TimeoutError(f"it was not ready within its setup_timeout_seconds of {self.timeout_s} s")
+
+        before = signal.signal(signal.SIGALRM, late)
+        signal.setitimer(signal.ITIMER_REAL, max(self.timeout_s, 0))
+        try:
+            yield
+        finally:
+            signal.setitimer(signal.ITIMER_REAL, 0)
+            signal.signal(signal.SIGALRM, before)
 
     def enter(self) -> None:
         """Make it and go into it. Blocks; does not return if this takes a new interpreter (``fresh`` goes on there).
@@ -62,18 +81,19 @@ class Environment:
             Exception: it cannot be made.
         """
         fields = self.fields
-        variables = _expanded(fields.get("env_vars", {}))
-        os.environ.update(variables)
+        variables = fields.get("env_vars", {})
+        for name, text in variables.items():
+            os.environ[name] = _expanded(text)
         if "TZ" in variables:
             time.tzset()
-        path = []
+        modules = [packages.place(self.ask, uri, self.root) for uri in fields.get("py_modules", [])]
+        path = [str(place) for place in modules if place.is_dir()]
         if fields.get("working_dir"):
             folder = str(packages.place(self.ask, fields["working_dir"], self.root))
             os.chdir(folder)
             path.append(folder)
-        modules = [packages.place(self.ask, uri, self.root) for uri in fields.get("py_modules", [])]
-        path += [str(place) for place in modules if place.is_dir()]
-        self._set_path([*path, *(entry for entry in variables.get("PYTHONPATH", "").split(os.pathsep) if entry)])
+        given = os.environ["PYTHONPATH"].split(os.pathsep) if "PYTHONPATH" in variables else []
+        self._set_path([*path, *filter(None, given)])
         installed = self._install([str(place) for place in modules if not place.is_dir()])
         if installed is not None or self._needs_fresh(variables, path):
             self._become_fresh(installed)
@@ -97,6 +117,8 @@ class Environment:
                 module, _, function = name.rpartition(".")
                 hook = getattr(importlib.import_module(module), function)
             hook()
+        except TimeoutError:
+            raise
         except BaseException as error:
             raise RuntimeError(f"the worker_process_setup_hook {name} failed:\n{traceback.format_exc()}") from error
 
@@ -130,8 +152,7 @@ class Environment:
             return None
         config = self.client.config
         below = [entry for entry in config.python_path if entry.rstrip("/").endswith(_SITES)]
-        timeout_s = self.fields.get("config", {}).get("setup_timeout_seconds", 600)
-        installer = Installer(self.root, below, os.getcwd(), timeout_s, Path(config.session_dir, "logs"))
+        installer = Installer(self.root, below, os.getcwd(), Path(config.session_dir, "logs"))
         return installer.install(kind, wish)
 
     def _local(self, requirement: str) -> str:
@@ -177,9 +198,10 @@ class Environment:
         client.lane.close()
         sys.stdout.flush()
         sys.stderr.flush()
+        signal.setitimer(signal.ITIMER_REAL, 0)  # it would outlive its handler
         os.execv(program, [program, *command[1:], str(script), json.dumps(note)])
 
 
-def _expanded(variables: dict[str, str]) -> dict[str, str]:
+def _expanded(text: str) -> str:
     """With ``${NAME}`` replaced by what this process has, or nothing."""
-    return {name: re.sub(r"\$\{[A-Za-z0-9_]+\}", "", os.path.expandvars(text)) for name, text in variables.items()}
+    return re.sub(r"\$\{[A-Za-z0-9_]+\}", "", os.path.expandvars(text))

@@ -66,9 +66,10 @@ def _live(segment: Segment, config: NodeConfig, token: int, entered: bool) -> in
 def _enter(environment: Environment, entered: bool) -> bool:
     """False: it cannot be, and the raylet knows."""
     try:
-        if not entered:
-            environment.enter()
-        environment.call_hook()
+        with environment.time_limit():
+            if not entered:
+                environment.enter()
+            environment.call_hook()
     except BaseException as error:
         environment.failed(error)
         return False
