@@ -161,6 +161,10 @@ class Workers(Part):
                 self.end(worker, "another environment needs its place")
                 surplus -= 1
 
+    def is_made(self, env: str) -> bool:
+        """Has a worker of this node been in the environment? Then the next one starts in milliseconds."""
+        return env in self._made
+
     def starting(self, env: str) -> int:
         return self._starting.get(env, 0)
 

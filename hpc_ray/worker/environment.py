@@ -96,7 +96,7 @@ class Environment:
         self._set_path([*path, *filter(None, given)])
         installed = self._install([str(place) for place in modules if not place.is_dir()])
         if installed is not None or self._needs_fresh(variables, path):
-            self._become_fresh(installed)
+            self._become_fresh(installed, path)
         if path:
             importlib.invalidate_caches()
 
@@ -166,9 +166,9 @@ class Environment:
         if any(name.startswith(_AT_START) and name != "PYTHONPATH" for name in variables):
             return True
         names = {Path(name).stem for folder in path for name in os.listdir(folder) if name.endswith(".py") or "." not in name}
-        return any(name in sys.modules for name in names - sys.stdlib_module_names)
+        return any(name in sys.modules for name in names - sys.stdlib_module_names - {"hpc_ray"})
 
-    def _become_fresh(self, installed: Path | None) -> None:
+    def _become_fresh(self, installed: Path | None, first: list[str]) -> None:
         """Exec another interpreter, which goes on in ``fresh``. Its import path: this one's, with what was installed first
         among the packages; another executable has its own before this one's."""
         own = bool(self.fields.get("py_executable"))
@@ -190,6 +190,7 @@ class Environment:
             "token": client.token,
             "config": encode_config(client.config),
             "path": sys.path,
+            "first": first,
             "own": own,
         }
         script = Path(__file__).with_name("fresh.py")

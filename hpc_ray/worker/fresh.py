@@ -11,14 +11,16 @@ def main() -> None:
     """Does not return."""
     note = json.loads(sys.argv[1])
     own = sys.path[0 if getattr(sys.flags, "safe_path", False) else 1 :]
+    path = note["path"]
     if note["own"]:  # another executable keeps its own packages, below what PYTHONPATH has put first
-        sys.path[:] = [*own, *(entry for entry in note["path"] if entry not in own)]
-    else:
-        sys.path[:] = note["path"]
+        path = [*own, *(entry for entry in path if entry not in own)]
+    # A working_dir may be a source tree of hpc_ray itself; what runs here is what runs in the session.
+    sys.path[:] = [entry for entry in path if entry not in note["first"] or not os.path.exists(os.path.join(entry, "hpc_ray"))]
     from hpc_ray import worker
     from hpc_ray._core import Segment
     from hpc_ray.config import decode_config
 
+    sys.path[:] = path
     sys.argv[:] = [""]
     os.set_inheritable(note["fd"], False)
     worker.main(Segment.attach(note["fd"]), decode_config(note["config"]), note["token"], entered=True)

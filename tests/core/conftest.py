@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -41,3 +42,23 @@ def all_resources_free(request: pytest.FixtureRequest, eventually: Callable[...,
     if ray is not None:
         total = ray.cluster_resources()
         eventually(lambda: ray.available_resources() == total, "all resources free")
+
+
+@pytest.fixture
+def project(tmp_path: Path) -> Path:
+    """A folder for ``working_dir``."""
+    folder = tmp_path / "project"
+    (folder / "deep" / "deeper").mkdir(parents=True)
+    (folder / "empty").mkdir()
+    for name, text in {
+        "data.txt": "data",
+        "of_the_project.py": "VALUE = 'project'\n",
+        "deep/deeper/kept.txt": "kept",
+        "deep/deeper/left.log": "left",
+        "notes.md": "notes",
+        "tool.sh": "#!/bin/sh\necho tool\n",
+        ".gitignore": "*.log\n",
+    }.items():
+        (folder / name).write_text(text)
+    (folder / "tool.sh").chmod(0o755)
+    return folder
