@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import ModuleType
@@ -62,3 +63,25 @@ def project(tmp_path: Path) -> Path:
         (folder / name).write_text(text)
     (folder / "tool.sh").chmod(0o755)
     return folder
+
+
+@pytest.fixture
+def wheel() -> Callable[..., str]:
+    """``wheel(folder, name, version, code, requires="")`` makes one, without a builder; its path."""
+
+    def make(folder: Path, name: str, version: str, code: str, requires: str = "") -> str:
+        path = folder / f"{name}-{version}-py3-none-any.whl"
+        info = f"{name}-{version}.dist-info"
+        needed = f"Requires-Dist: {requires}\n" if requires else ""
+        contents = {
+            f"{name}/__init__.py": code,
+            f"{info}/METADATA": f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n{needed}",
+            f"{info}/WHEEL": "Wheel-Version: 1.0\nGenerator: test\nRoot-Is-Purelib: true\nTag: py3-none-any\n",
+        }
+        with zipfile.ZipFile(path, "w") as file:
+            for inner, text in contents.items():
+                file.writestr(inner, text)
+            file.writestr(f"{info}/RECORD", "".join(f"{inner},,\n" for inner in contents) + f"{info}/RECORD,,\n")
+        return str(path)
+
+    return make

@@ -21,19 +21,6 @@ def variable(name):
     return os.environ.get(name)
 
 
-def wheel(folder, name, version, code, requires=""):
-    """A wheel that needs no builder."""
-    path = folder / f"{name}-{version}-py3-none-any.whl"
-    info = f"{name}-{version}.dist-info"
-    needed = f"Requires-Dist: {requires}\n" if requires else ""
-    with zipfile.ZipFile(path, "w") as file:
-        file.writestr(f"{name}/__init__.py", code)
-        file.writestr(f"{info}/METADATA", f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n{needed}")
-        file.writestr(f"{info}/WHEEL", "Wheel-Version: 1.0\nGenerator: test\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
-        file.writestr(f"{info}/RECORD", "")
-    return str(path)
-
-
 def files_here():
     return sorted(str(path) for path in Path().rglob("*") if path.is_file())
 
@@ -191,7 +178,7 @@ def test_a_function_with_files_works_in_another_process(ray, project):
 # ------------------------------------------------------------------ installed packages
 
 
-def test_pip_with_a_local_wheel(ray, tmp_path):
+def test_pip_with_a_local_wheel(ray, wheel, tmp_path):
     new = wheel(tmp_path, "made_for_the_test", "2.0", "VALUE = 'two'\n")
     title = wheel(tmp_path, "setproctitle", "99.0", "VALUE = 'wheel'\ndef setproctitle(title):\n    pass\n")
 
@@ -220,7 +207,7 @@ def test_pip_with_a_local_wheel(ray, tmp_path):
     assert not ray.get(plain.remote())
 
 
-def test_pip_by_file_and_in_working_dir(ray, tmp_path):
+def test_pip_by_file_and_in_working_dir(ray, wheel, tmp_path):
     folder = tmp_path / "with_wheel"
     folder.mkdir()
     path = Path(wheel(folder, "made_for_the_test", "3.0", "VALUE = 'three'\n"))
@@ -236,7 +223,7 @@ def test_pip_by_file_and_in_working_dir(ray, tmp_path):
     assert ray.get(look.remote()) == ("three", True)
 
 
-def test_a_wheel_among_py_modules(ray, tmp_path):
+def test_a_wheel_among_py_modules(ray, wheel, tmp_path):
     fields = {"py_modules": [wheel(tmp_path, "made_for_the_test", "4.0", "VALUE = 'four'\n")], "env_vars": {"PIP_NO_INDEX": "1"}}
 
     @ray.remote(runtime_env=fields)
@@ -247,6 +234,15 @@ def test_a_wheel_among_py_modules(ray, tmp_path):
             return made_for_the_test.VALUE
 
     assert ray.get(Looker.remote().look.remote()) == "four"
+
+
+def test_pip_check_and_options(ray, wheel, tmp_path):
+    path = wheel(tmp_path, "made_for_the_test", "5.0", "VALUE = 'five'\n", requires="nothing-like-this")
+    look = ray.remote(lambda: __import__("made_for_the_test").VALUE)
+    wish = {"packages": [path], "pip_install_options": ["--no-deps", "--no-cache-dir"]}
+    assert ray.get(look.options(runtime_env={"pip": wish}).remote()) == "five"
+    with pytest.raises(exceptions.RuntimeEnvSetupError, match="requires nothing-like-this"):
+        ray.get(look.options(runtime_env={"pip": {**wish, "pip_check": True}}).remote())
 
 
 def test_another_executable(ray):

@@ -178,6 +178,34 @@ def test_a_package_that_is_too_large_names_its_files(session, project):
     assert "data.txt" in hpc_ray.get(hpc_ray.remote(files_here).remote())
 
 
+def test_uv(session, wheel, tmp_path, monkeypatch):
+    """With a ``uv`` that hands over to pip and says what it was asked."""
+    folder = tmp_path / "bin"
+    folder.mkdir()
+    script = f"""#!{sys.executable}
+import os, sys
+assert sys.argv[1:4] == ["pip", "install", "--python"], sys.argv
+print("this is uv", sys.argv[4:], flush=True)
+os.execv(sys.executable, [sys.executable, "-m", "pip", "--python", sys.argv[4], "install", *sys.argv[6:]])
+"""
+    (folder / "uv").write_text(script)
+    (folder / "uv").chmod(0o755)
+    monkeypatch.setenv("PATH", f"{folder}{os.pathsep}{os.environ['PATH']}")
+    monkeypatch.setenv("PIP_NO_INDEX", "1")
+    path = wheel(tmp_path, "made_for_the_test", "6.0", "VALUE = 'six'\n")
+    session(runtime_env={"uv": [path]})
+
+    @hpc_ray.remote
+    def look():
+        import made_for_the_test
+
+        return made_for_the_test.VALUE
+
+    assert hpc_ray.get([look.remote() for _ in range(3)]) == ["six"] * 3
+    [log] = Path(hpc_ray.get_runtime_context().get_temp_dir(), "logs").glob("runtime_env-uv-*.log")
+    assert log.read_text().count("this is uv") == 1
+
+
 def test_setup_hook(session):
     def hook():
         os.environ["HOOKED"] = os.environ["BEFORE"] + str(os.getpid())
