@@ -196,13 +196,23 @@ _CHECKS: dict[str, Callable[[Any], Any]] = {
 class RuntimeEnv(dict):
     """A runtime environment: a dict that was checked. Fields that are not given are not in it.
 
+    What a task or actor does not say it has from whoever starts it; ``env_vars`` are merged one by one, other fields replace.
+    Local files are sent to the nodes, at most ``package_bytes`` (512 MiB) a folder, once in a session.
+
     Args:
-        py_modules, working_dir: folders for the import path, and to run in.
-        pip, uv, conda: packages; one of the three.
-        env_vars: environment variables.
-        worker_process_setup_hook: called in each worker first.
-        py_executable: what to start workers with.
+        working_dir: a folder, an archive (.zip, .tar.gz, .tgz, .tar.xz), or the URI of one (file, http, https): workers start in
+            a copy of it, which is also on their import path.
+        py_modules: folders of packages, .py files, imported modules, wheels or archives, for the import path.
+        excludes (keyword): patterns as in .gitignore of what is not sent; .gitignore and .rayignore in the folders hold as well.
+        pip: requirements, a file of them, or a dict with packages, pip_check, pip_version, pip_install_options. They are installed
+            once on a node, on top of what the driver has. Local wheels are sent.
+        uv: the same by uv: packages, uv_check, uv_version, uv_pip_install_options. One of the two.
+        env_vars: environment variables; ``${NAME}`` is what the worker has, or nothing.
+        worker_process_setup_hook: a function, or "module.function", called in each worker before anything else, and before the
+            worker is part of the session.
+        py_executable: what to start workers with, a Python of the same version, as a path or a command ("nsys profile python").
         config: how to make it, see ``RuntimeEnvConfig``.
+        conda, container, image_uri, nsight, rocprof_sys: Ray's; tasks, actors and ``init`` refuse them and say what to use.
 
     Raises:
         TypeError, ValueError: a field that cannot be, or two that exclude each other.

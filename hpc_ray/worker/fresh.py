@@ -16,11 +16,13 @@ def main() -> None:
         path = [*own, *(entry for entry in path if entry not in own)]
     # A working_dir may be a source tree of hpc_ray itself; what runs here is what runs in the session.
     sys.path[:] = [entry for entry in path if entry not in note["first"] or not os.path.exists(os.path.join(entry, "hpc_ray"))]
-    from hpc_ray import worker
+    from hpc_ray import as_ray, worker
     from hpc_ray._core import Segment
     from hpc_ray.config import decode_config
 
     sys.path[:] = path
+    if as_ray.VARIABLE in os.environ:
+        as_ray.install()
     sys.argv[:] = [""]
     os.set_inheritable(note["fd"], False)
     worker.main(Segment.attach(note["fd"]), decode_config(note["config"]), note["token"], entered=True)

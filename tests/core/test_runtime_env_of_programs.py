@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import subprocess
@@ -11,7 +12,7 @@ from pathlib import Path
 import pytest
 
 import hpc_ray
-from hpc_ray import exceptions
+from hpc_ray import as_ray, exceptions
 from hpc_ray.job_config import JobConfig
 from hpc_ray.runtime_env import RuntimeEnv
 
@@ -176,6 +177,17 @@ def test_a_package_that_is_too_large_names_its_files(session, project):
     assert "excludes" in str(caught.value)
     session(runtime_env={"working_dir": str(project), "excludes": ["large.bin"]}, _system_config={"package_bytes": 100_000})
     assert "data.txt" in hpc_ray.get(hpc_ray.remote(files_here).remote())
+
+
+def test_a_new_interpreter_knows_ray_by_its_other_name(session, monkeypatch):
+    monkeypatch.setenv(as_ray.VARIABLE, "1")
+    session(runtime_env={"py_executable": sys.executable})
+
+    @hpc_ray.remote
+    def look():
+        return importlib.import_module("ray.util").__name__
+
+    assert hpc_ray.get(look.remote()) == "hpc_ray.util"
 
 
 def test_uv(session, wheel, tmp_path, monkeypatch):

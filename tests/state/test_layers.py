@@ -70,6 +70,7 @@ NEEDS_OPTIONAL = {"hpc_ray.transport.mpi"}
 _FRESH = "a script in a new interpreter: its import path is set first"
 # Imports of our own inside a function: {(module, imported): reason}.
 INSIDE_FUNCTIONS = {
+    ("hpc_ray.worker.fresh", "hpc_ray.as_ray"): _FRESH,
     ("hpc_ray.worker.fresh", "hpc_ray.worker"): _FRESH,
     ("hpc_ray.worker.fresh", "hpc_ray._core"): _FRESH,
     ("hpc_ray.worker.fresh", "hpc_ray.config"): _FRESH,
