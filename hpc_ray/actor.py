@@ -7,7 +7,7 @@ import os
 import types
 from typing import Any, cast
 
-from hpc_ray import serialize
+from hpc_ray import packing, serialize
 from hpc_ray.client import context
 from hpc_ray.client.actors import ActorLink
 from hpc_ray.client.client import Client
@@ -15,7 +15,7 @@ from hpc_ray.client.refs import ObjectRef
 from hpc_ray.client.streams import code_of
 from hpc_ray.client.tasks import Function, Task, Template
 from hpc_ray.exceptions import ActorAlreadyExistsError, ActorHandleNotFoundError
-from hpc_ray.ids import ActorID
+from hpc_ray.ids import GCS_ADDRESS, ActorID
 from hpc_ray.options import METHOD_OPTIONS, amounts, check_actor, check_method, shape_of
 from hpc_ray.protocol import ActorSpec, Dependency
 from hpc_ray.remote_function import Changed, Signature, check_generator, export, yields
@@ -284,7 +284,7 @@ class ActorClass:
         defaults = {"max_task_retries": task_retries, "out_of_order": free_order}
         if options.get("max_pending_calls"):
             defaults["max_pending_calls"] = options["max_pending_calls"]
-        detached = options.get("lifetime") == "detached"
+        detached = _is_detached(options.get("lifetime"), client)
         description = (actor_id, cls.__name__, _method_table(cls), defaults)
         creation = Template(exported, f"{cls.__name__}.__init__", None)
         task = Task(client.actors, creation, client.minter.task_id())
@@ -293,7 +293,7 @@ class ActorClass:
             client.make_ready([entry for _, entry in task.dependencies])
         with client.lock:
             dependencies = client.packer.resolve(task)
-        shape = shape_of(running, options, client.job_id)
+        shape = shape_of(running, options, client)
         spec = ActorSpec(
             actor_id,
             cls.__name__,
@@ -303,7 +303,7 @@ class ActorClass:
             dependencies if isinstance(dependencies, list) else [_failed(dependencies)],
             [entry.id for entry in task.contained],
             shape,
-            placed if shape.resources == running else shape_of(placed, options, client.job_id).resources,
+            placed if shape.resources == running else shape_of(placed, options, client).resources,
             client.address,
             client.job_id,
             name=options.get("name") or "",
@@ -328,11 +328,21 @@ class ActorClass:
         return ActorHandle(*description, scope)
 
     def __reduce__(self) -> Any:
-        return _rebuild_class, (self._cls.__mro__[1], self._options)
+        return _rebuild_class, (self._cls.__mro__[1], packing.portable(self._options))
 
 
 def _rebuild_class(target: type, options: dict[str, Any]) -> ActorClass:
     return ActorClass._wrap(target, options)
+
+
+def _is_detached(lifetime: str | None, client: Client) -> bool:
+    """By the option, or by what the program said for all its actors (``JobConfig.default_actor_lifetime``)."""
+    if lifetime is None:
+        if context.detached is None:  # a worker's first actor
+            settings = client.query(GCS_ADDRESS, "job_config", job_id=client.job_id)
+            context.detached = settings.get("default_actor_lifetime") == "detached"
+        return context.detached
+    return lifetime == "detached"
 
 
 def _failed(result: Any) -> Dependency:

@@ -14,6 +14,8 @@ import msgspec
 from hpc_ray.exceptions import ConfigurationError
 
 ENVIRONMENT_PREFIX = "HPC_RAY_"
+DEFAULT_SETUP_TIMEOUT_S = 600  # for a runtime environment that does not say another
+RUNTIME_ENV_VARIABLE = "HPC_RAY_RUNTIME_ENV"  # JSON of StartWorker.runtime_env, in a worker that starts
 
 
 class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -30,6 +32,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     report_interval_s: float = 0.1  # resource reports to the GCS
     start_timeout_s: float = 60.0  # for nodes and workers to come up
     log_to_driver: bool = True
+    package_bytes: int = 512 << 20  # a folder of a runtime environment, packed
     kill_on_exit_s: float = 2.0  # grace between an orderly end and SIGKILL
 
     @classmethod

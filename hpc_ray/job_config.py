@@ -15,7 +15,7 @@ class JobConfig:
         metadata: text by name, shown with the job.
         ray_namespace: of its named actors.
         default_actor_lifetime: "non_detached" or "detached".
-        jvm_options, code_search_path: for compatibility; there is no Java here.
+        jvm_options, code_search_path: Ray's for Java; ``init`` refuses them.
 
     Raises:
         ValueError: a lifetime that there is not.

@@ -5,11 +5,12 @@ One table per kind; ``check`` refuses what is unknown or wrong before anything i
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from typing import Any
 
+from hpc_ray import packing
 from hpc_ray.client import context
+from hpc_ray.client.client import Client
 from hpc_ray.protocol import UNIT, Resources, Shape, Strategy
 from hpc_ray.util.scheduling_strategies import (
     NodeAffinitySchedulingStrategy,
@@ -110,6 +111,10 @@ def _groups(name: str, value: Any) -> None:
         _integer(1)(f"{name}[{key!r}]", count)
 
 
+def _environment(name: str, value: Any) -> None:
+    packing.check(value)
+
+
 _COMMON: dict[str, Check] = {
     "num_cpus": _optional(_number),
     "num_gpus": _optional(_number),
@@ -117,7 +122,7 @@ _COMMON: dict[str, Check] = {
     "object_store_memory": _optional(_number),
     "resources": _optional(_resources),
     "accelerator_type": _optional(_typed(str, "a str")),
-    "runtime_env": _optional(_typed(dict, "a dict or RuntimeEnv")),
+    "runtime_env": _optional(_environment),
     "scheduling_strategy": _strategy,
     "label_selector": _optional(_typed(dict, "a dict of labels")),
     "name": _optional(_name),
@@ -234,11 +239,12 @@ def in_bundle(resources: Resources, group_id: bytes, bundle: int) -> Resources:
     return named
 
 
-def shape_of(resources: Resources, options: dict[str, Any], job_id: bytes) -> Shape:
-    """The lease that a task or actor with these options needs."""
+def shape_of(resources: Resources, options: dict[str, Any], client: Client) -> Shape:
+    """The lease that a task or actor with these options needs. Blocks where files of its runtime environment are to be sent."""
+    job_id = client.job_id
     strategy, group = strategy_of(options)
     environment = options.get("runtime_env")
-    text = json.dumps(dict(environment), sort_keys=True) if environment else ""
+    text = packing.packed(environment, client, context.runtime_env)
     if options.get("scheduling_strategy") is None:
         parent = _captured()
         if parent is not None:  # its children stay in its placement group

@@ -236,6 +236,20 @@ class Shutdown(Message, tag=6):
     reason: str = ""
 
 
+class EnvironmentFailed(Message, tag=7):
+    """worker → raylet: my runtime environment cannot be made; instead of ProcessStarted, and I leave. Whoever waits for such
+    a worker gets the text."""
+
+    token: int  # of the StartWorker
+    text: str
+
+
+class InstallEnvironment(Message, tag=8):
+    """driver → raylets: workers of this environment will be wanted; have it made."""
+
+    runtime_env: str
+
+
 # ------------------------------------------------------------------ owner ↔ raylet: leases
 
 

@@ -9,7 +9,7 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-from hpc_ray import serialize
+from hpc_ray import packing, serialize
 from hpc_ray.client import context
 from hpc_ray.client.client import Client
 from hpc_ray.client.streams import code_of
@@ -162,7 +162,7 @@ class RemoteFunction:
         self._template = Template(
             self._exported,
             options.get("name") or self._function.__name__,
-            shape_of(amounts(options, 1), options, client.job_id),
+            shape_of(amounts(options, 1), options, client),
             num_returns=self._num_returns,
             max_retries=3 if retries is None else retries,
             retry_exceptions=bool(retry_exceptions),
@@ -173,7 +173,7 @@ class RemoteFunction:
         self._captured = context.captured
 
     def __reduce__(self) -> Any:
-        return _rebuild, (self._function, self._options)
+        return _rebuild, (self._function, packing.portable(self._options))
 
 
 class Changed:

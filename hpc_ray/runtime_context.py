@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from typing import Any
 
 from hpc_ray import actor as actors
@@ -10,6 +9,7 @@ from hpc_ray.client import context
 from hpc_ray.client.client import Client
 from hpc_ray.ids import ActorID, JobID, NodeID, TaskID, WorkerID
 from hpc_ray.protocol import UNIT
+from hpc_ray.runtime_env import RuntimeEnv
 from hpc_ray.session import ensure_connected
 
 
@@ -57,14 +57,13 @@ class RuntimeContext:
         return self._client.config.session_dir
 
     @property
-    def runtime_env(self) -> dict[str, Any]:
-        """The runtime environment of the calling task, actor or program."""
-        shape = _shape()
-        return json.loads(shape.runtime_env) if shape is not None and shape.runtime_env else {}
+    def runtime_env(self) -> RuntimeEnv:
+        """The runtime environment of the calling task, actor or program, with what it inherited; packages as URIs."""
+        return RuntimeEnv.deserialize(self.get_runtime_env_string())
 
     def get_runtime_env_string(self) -> str:
         """The runtime environment as JSON."""
-        return json.dumps(self.runtime_env)
+        return context.runtime_env or "{}"
 
     def is_canceled(self) -> bool:
         """Whether somebody has cancelled the calling task. Methods of actors ask this, since they are not interrupted."""

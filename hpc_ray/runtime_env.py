@@ -1,16 +1,19 @@
-"""Runtime environments: what the processes of a task, an actor or a program shall find. Here they are checked, not made.
+"""Runtime environments: what the processes of a task, an actor or a program shall find. Here they are checked.
 
-Relied on by programs, which may as well give a plain dict, and by whoever makes the environments.
+Relied on by programs, which may as well give a plain dict, and by ``packing``, which sends them to where they are made.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
+import logging
 import pathlib
+import types
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
-DEFAULT_TIMEOUT_S = 600
+from hpc_ray.config import DEFAULT_SETUP_TIMEOUT_S
 
 
 class RuntimeEnvConfig(dict):
@@ -26,7 +29,7 @@ class RuntimeEnvConfig(dict):
     """
 
     def __init__(
-        self, setup_timeout_seconds: int = DEFAULT_TIMEOUT_S, eager_install: bool = True, log_files: list[str] | None = None
+        self, setup_timeout_seconds: int = DEFAULT_SETUP_TIMEOUT_S, eager_install: bool = True, log_files: list[str] | None = None
     ):
         super().__init__()
         if not isinstance(setup_timeout_seconds, int):
@@ -48,8 +51,8 @@ class RuntimeEnvConfig(dict):
             raise TypeError(f"runtime_env['config'] must be of type dict or RuntimeEnvConfig, got: {type(config)}")
         unknown = sorted(set(config) - {"setup_timeout_seconds", "eager_install", "log_files"})
         if unknown:
-            raise ValueError(f"runtime_env['config'] does not know {', '.join(unknown)}")
-        return RuntimeEnvConfig(**config)
+            logging.getLogger("hpc_ray").warning("runtime_env['config'] does not know %s, which changes nothing", ", ".join(unknown))
+        return RuntimeEnvConfig(**{name: value for name, value in config.items() if name not in unknown})
 
     @classmethod
     def default_config(cls) -> RuntimeEnvConfig:
@@ -57,6 +60,9 @@ class RuntimeEnvConfig(dict):
 
     def to_dict(self) -> dict[str, Any]:
         return dict(self)
+
+
+_ARCHIVES = (".zip", ".tar.gz", ".tgz", ".tar.xz")
 
 
 def _is_remote(path: str) -> bool:
@@ -67,6 +73,8 @@ def _check_working_dir(value: Any) -> str:
     if not isinstance(value, (str, pathlib.Path)):
         raise TypeError(f"`working_dir` must be a string, got {type(value)}.")
     path = str(value)
+    if _is_remote(path) and not path.partition("?")[0].endswith(_ARCHIVES):
+        raise ValueError(f"Only {', '.join(_ARCHIVES)} files are supported for working_dir URIs; got {path}.")
     if not _is_remote(path) and not pathlib.Path(path).expanduser().exists():
         raise ValueError(f"{path} is not a valid path.")
     return path
@@ -76,12 +84,16 @@ def _check_py_modules(value: Any) -> list[Any]:
     if not isinstance(value, list):
         raise TypeError(f"`py_modules` must be a list of strings, got {type(value)}.")
     for item in value:
-        if isinstance(item, str) and not _is_remote(item) and not pathlib.Path(item).expanduser().exists():
+        if isinstance(item, types.ModuleType):
+            continue
+        if not isinstance(item, (str, pathlib.Path)):
+            raise TypeError(f"`py_module` must be a string, got {type(item)}.")
+        if not _is_remote(str(item)) and not pathlib.Path(item).expanduser().exists():
             raise ValueError(f"{item} is not a valid path.")
     return value
 
 
-def _check_env_vars(value: Any) -> dict[str, str]:
+def _check_env_vars(value: Any) -> dict[str, str] | None:
     if not isinstance(value, dict):
         raise TypeError(f"runtime_env['env_vars'] must be of type Dict[str, str], got {type(value)}")
     for key, text in value.items():
@@ -91,28 +103,44 @@ def _check_env_vars(value: Any) -> dict[str, str]:
             raise TypeError(
                 f"runtime_env['env_vars'] must be of type Dict[str, str], but the value {text} is of type {type(text)}"
             )
-    return value
+    return value or None
 
 
-def _packages(kind: str, value: Any) -> dict[str, Any]:
-    """What ``pip`` and ``uv`` may be: a list of requirements, a file of them, or a dict with ``packages``."""
-    check = f"{kind}_check"
+def _packages(kind: str, value: Any) -> dict[str, Any] | None:
+    """What ``pip`` and ``uv`` may be: a list of requirements, a file of them, or a dict with ``packages``. None: no package."""
+    check, version, options = f"{kind}_check", f"{kind}_version", _INSTALL_OPTIONS[kind]
     if isinstance(value, str):
-        return {"packages": _requirements(value), check: False}
-    if isinstance(value, list) and all(isinstance(item, str) for item in value):
-        return {"packages": list(dict.fromkeys(value)), check: False}
+        value = {"packages": _requirements(value)}
+    elif isinstance(value, list) and all(isinstance(item, str) for item in value):
+        value = {"packages": value}
     if not isinstance(value, dict):
         raise TypeError(f"runtime_env['{kind}'] must be of type str or List[str], got {type(value)}")
+    unknown = sorted(set(value) - {"packages", check, version, options})
+    if unknown:
+        raise ValueError(
+            f"runtime_env['{kind}'] can only have these fields: packages, {check}, {version} and {options}, but got: {unknown}"
+        )
     if "packages" not in value:
         raise ValueError(f"runtime_env['{kind}'] must include field 'packages', but got {value}")
     found = {check: False, **value}
+    if kind == "uv":
+        found.setdefault(options, ["--no-cache"])
     if isinstance(value["packages"], str):
         found["packages"] = _requirements(value["packages"])
     elif not isinstance(value["packages"], list):
         raise ValueError(f"runtime_env['{kind}']['packages'] must be of type str or list, got {type(value['packages'])}")
     if not isinstance(found[check], bool):
         raise TypeError(f"runtime_env['{kind}']['{check}'] must be of type bool, got {type(found[check])}")
-    return found
+    if not isinstance(found.get(version, ""), str):
+        raise TypeError(f"runtime_env['{kind}']['{version}'] must be of type str, got {type(found[version])}")
+    for name in ("packages", options):
+        if not isinstance(found.get(name, []), list) or not all(isinstance(item, str) for item in found.get(name, [])):
+            raise TypeError(f"runtime_env['{kind}']['{name}'] must be of type list[str], got {found[name]!r}")
+    found["packages"] = list(dict.fromkeys(found["packages"]))
+    return found if found["packages"] else None
+
+
+_INSTALL_OPTIONS = {"pip": "pip_install_options", "uv": "uv_pip_install_options"}
 
 
 def _requirements(path: str) -> list[str]:
@@ -120,6 +148,18 @@ def _requirements(path: str) -> list[str]:
     if not file.is_file():
         raise ValueError(f"{path} is not a valid file")
     return [line.strip() for line in file.read_text().splitlines() if line.strip()]
+
+
+def _check_executable(value: Any) -> str:
+    if not isinstance(value, str) or not value.strip():
+        raise TypeError(f"runtime_env['py_executable'] must be the path of a Python executable or a command, got {value!r}")
+    return value
+
+
+def _check_hook(value: Any) -> Any:
+    if not callable(value) and not (isinstance(value, str) and "." in value):
+        raise TypeError(f"worker_process_setup_hook must be a function, or 'module.function', got {value!r}")
+    return value
 
 
 def _check_conda(value: Any) -> Any:
@@ -133,8 +173,8 @@ def _check_conda(value: Any) -> Any:
 def _check_strings(name: str) -> Callable[[Any], Any]:
     def check(value: Any) -> Any:
         if not isinstance(value, list) or not all(isinstance(item, str) for item in value):
-            raise TypeError(f"runtime_env['{name}'] must be a list of strings, got {type(value)}")
-        return value
+            raise TypeError(f"runtime_env['{name}'] must be of type List[str], got {type(value)}")
+        return value or None
 
     return check
 
@@ -147,6 +187,8 @@ _CHECKS: dict[str, Callable[[Any], Any]] = {
     "uv": lambda value: _packages("uv", value),
     "conda": _check_conda,
     "excludes": _check_strings("excludes"),
+    "py_executable": _check_executable,
+    "worker_process_setup_hook": _check_hook,
     "config": RuntimeEnvConfig.parse_and_validate_runtime_env_config,
 }
 
@@ -154,17 +196,46 @@ _CHECKS: dict[str, Callable[[Any], Any]] = {
 class RuntimeEnv(dict):
     """A runtime environment: a dict that was checked. Fields that are not given are not in it.
 
+    What a task or actor does not say it has from whoever starts it; ``env_vars`` are merged one by one, other fields replace.
+    Local files are sent to the nodes, at most ``package_bytes`` (512 MiB) a folder, once in a session.
+
     Args:
-        py_modules, working_dir: folders for the import path, and to run in.
-        pip, uv, conda: packages; one of the three.
-        env_vars: environment variables.
-        worker_process_setup_hook: called in each worker first.
-        py_executable: what to start workers with.
+        working_dir: a folder, an archive (.zip, .tar.gz, .tgz, .tar.xz), or the URI of one (file, http, https): workers start in
+            a copy of it, which is also on their import path.
+        py_modules: folders of packages, .py files, imported modules, wheels or archives, for the import path.
+        excludes (keyword): patterns as in .gitignore of what is not sent; .gitignore and .rayignore in the folders hold as well.
+        pip: requirements, a file of them, or a dict with packages, pip_check, pip_version, pip_install_options. They are installed
+            once on a node, on top of what the driver has. Local wheels are sent.
+        uv: the same by uv: packages, uv_check, uv_version, uv_pip_install_options. One of the two.
+        env_vars: environment variables; ``${NAME}`` is what the worker has, or nothing.
+        worker_process_setup_hook: a function, or "module.function", called in each worker before anything else, and before the
+            worker is part of the session.
+        py_executable: what to start workers with, a Python of the same version, as a path or a command ("nsys profile python").
         config: how to make it, see ``RuntimeEnvConfig``.
+        conda, container, image_uri, nsight, rocprof_sys: Ray's; tasks, actors and ``init`` refuse them and say what to use.
 
     Raises:
         TypeError, ValueError: a field that cannot be, or two that exclude each other.
     """
+
+    known_fields: ClassVar[set[str]] = {
+        "py_modules",
+        "py_executable",
+        "java_jars",
+        "working_dir",
+        "conda",
+        "pip",
+        "uv",
+        "container",
+        "excludes",
+        "env_vars",
+        "config",
+        "worker_process_setup_hook",
+        "_setup_hook",  # the package with the hook, where it was given as a function
+        "_nsight",
+        "_rocprof_sys",
+        "image_uri",
+    }
 
     def __init__(
         self,
@@ -214,7 +285,9 @@ class RuntimeEnv(dict):
             if name in given and others:
                 raise ValueError(f"The '{name}' field of runtime_env cannot be used together with {', '.join(others)}")
         for name, value in given.items():
-            super().__setitem__(name, self._checked(name, value) if _validate else value)
+            checked = self._checked(name, value) if _validate else value
+            if checked is not None:  # empty ones are not given
+                super().__setitem__(name, checked)
 
     @staticmethod
     def _checked(name: str, value: Any) -> Any:
@@ -222,7 +295,9 @@ class RuntimeEnv(dict):
         return value if check is None else check(value)
 
     def __setitem__(self, name: str, value: Any) -> None:
-        super().__setitem__(name, self._checked(name, value))
+        checked = self._checked(name, value)
+        if checked is not None:
+            super().__setitem__(name, checked)
 
     def set(self, name: str, value: Any) -> None:
         """Set a field; raises as the constructor does."""
@@ -255,6 +330,12 @@ class RuntimeEnv(dict):
     def has_working_dir(self) -> bool:
         return bool(self.get("working_dir"))
 
+    def working_dir_uri(self) -> str | None:
+        return self.get("working_dir")
+
+    def py_modules_uris(self) -> list[str]:
+        return self.py_modules()
+
     def py_modules(self) -> list[str]:
         return list(self.get("py_modules", []))
 
@@ -267,11 +348,38 @@ class RuntimeEnv(dict):
     def has_conda(self) -> bool:
         return bool(self.get("conda"))
 
+    def conda_env_name(self) -> str | None:
+        """None without one, or where ``conda`` describes an environment."""
+        return self["conda"] if isinstance(self.get("conda"), str) else None
+
+    def conda_config(self) -> str | None:
+        """The description of a conda environment as JSON."""
+        return json.dumps(self["conda"], sort_keys=True) if isinstance(self.get("conda"), dict) else None
+
+    def conda_uri(self) -> str | None:
+        return self._uri("conda")
+
     def has_pip(self) -> bool:
         return bool(self.get("pip"))
 
+    def pip_uri(self) -> str | None:
+        """A name for what ``pip`` asks for; the same for the same."""
+        return self._uri("pip")
+
+    def virtualenv_name(self) -> str | None:
+        """None: ``pip`` never names an environment here, it makes one."""
+        return None
+
     def has_uv(self) -> bool:
         return bool(self.get("uv"))
+
+    def uv_uri(self) -> str | None:
+        return self._uri("uv")
+
+    def _uri(self, kind: str) -> str | None:
+        if kind not in self:
+            return None
+        return f"{kind}://{hashlib.sha1(json.dumps(self[kind], sort_keys=True).encode()).hexdigest()}"
 
     def pip_config(self) -> dict[str, Any]:
         return dict(self.get("pip", {})) if self.has_pip() else {}
@@ -281,6 +389,34 @@ class RuntimeEnv(dict):
 
     def image_uri(self) -> str | None:
         return self.get("image_uri")
+
+    def has_py_container(self) -> bool:
+        return bool(self.get("container"))
+
+    def py_container_image(self) -> str | None:
+        return self["container"].get("image", "") if self.has_py_container() else None
+
+    def py_container_worker_path(self) -> str | None:
+        return self["container"].get("worker_path", "") if self.has_py_container() else None
+
+    def py_container_run_options(self) -> list[str] | None:
+        return self["container"].get("run_options", []) if self.has_py_container() else None
+
+    def java_jars(self) -> list[str]:
+        return list(self.get("java_jars", []))
+
+    def nsight(self) -> Any:
+        return self.get("_nsight")
+
+    def rocprof_sys(self) -> Any:
+        return self.get("_rocprof_sys")
+
+    def plugins(self) -> list[tuple[str, Any]]:
+        """The fields that are not known."""
+        return [(name, value) for name, value in self.items() if name not in self.known_fields]
+
+    def plugin_uris(self) -> list[str]:
+        return []
 
 
 def _rebuild(fields: dict[str, Any]) -> RuntimeEnv:

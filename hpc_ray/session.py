@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import atexit
+import copy
+import json
 import logging
 import os
 import sys
@@ -16,9 +18,20 @@ from hpc_ray.client import context
 from hpc_ray.client.client import Client, Waiter
 from hpc_ray.config import Settings
 from hpc_ray.exceptions import LaunchError, LocalRayletDiedError
-from hpc_ray.ids import GCS_ADDRESS
+from hpc_ray.ids import GCS_ADDRESS, raylet_address
+from hpc_ray.job_config import JobConfig
 from hpc_ray.launcher import local, world
-from hpc_ray.protocol import UNIT, FinishJob, FollowLogs, LogLines, ProcessKind, ProcessLeaving, RegisterJob
+from hpc_ray.packing import check, packed
+from hpc_ray.protocol import (
+    UNIT,
+    FinishJob,
+    FollowLogs,
+    InstallEnvironment,
+    LogLines,
+    ProcessKind,
+    ProcessLeaving,
+    RegisterJob,
+)
 from hpc_ray.version import __version__
 
 _lock = threading.RLock()
@@ -102,7 +115,9 @@ def init(
         ignore_reinit_error: a second ``init`` keeps the session instead of raising.
         configure_logging, logging_level, logging_format: of the logger "hpc_ray" in this process.
         log_to_driver: show what workers print (default: yes).
-        namespace: of named actors; default: one of its own.
+        namespace: of named actors; default: that of job_config, or one of its own.
+        runtime_env: of all tasks and actors that do not say another (see ``RuntimeEnv``). Local folders are sent to the nodes.
+        job_config: a ``JobConfig``; ``runtime_env`` and ``namespace`` go before its own.
         num_nodes (keyword): this many virtual nodes, which share nothing but MPI; the amounts are each node's.
         _system_config (keyword): settings by name, see ``config.Settings``.
         _memory (keyword): bytes that tasks and actors may ask for with their option ``memory``.
@@ -110,7 +125,7 @@ def init(
 
     Raises:
         RuntimeError: called twice, or an option that is unknown or not offered here.
-        ValueError, TypeError, AssertionError: amounts or names that cannot be.
+        ValueError, TypeError, AssertionError: amounts, names or a runtime environment that cannot be.
         ConnectionError: there is no cluster at this address.
         LaunchError: the cluster did not come up.
     """
@@ -135,15 +150,16 @@ def init(
             include_dashboard=include_dashboard,
             dashboard_host=dashboard_host,
             dashboard_port=dashboard_port,
-            job_config=job_config,
             logging_config=logging_config,
-            runtime_env=runtime_env,
             enable_resource_isolation=enable_resource_isolation,
             system_reserved_cpu=system_reserved_cpu,
             system_reserved_memory=system_reserved_memory,
             cgroup_path=cgroup_path,
             proxy_server_url=proxy_server_url,
         )
+        job = _job_config(job_config, runtime_env)
+        if namespace is None:
+            namespace = job.ray_namespace
         if namespace is not None and not isinstance(namespace, str):
             raise TypeError(f"namespace must be None or a string, not {type(namespace).__name__}")
         if namespace == "":
@@ -173,7 +189,7 @@ def init(
             except LaunchError as error:
                 raise ConnectionError(str(error)) from None
         try:
-            client = _connect(attachment, namespace, settings.log_to_driver if log_to_driver is None else log_to_driver)
+            client = _connect(attachment, namespace, job, settings.log_to_driver if log_to_driver is None else log_to_driver)
             if world.in_world() and num_nodes is None:
                 _set_resources(client, num_cpus, num_gpus, resources, labels)
         except BaseException:
@@ -189,15 +205,35 @@ _INSTEAD = {
     "include_dashboard": "there is no web page yet; use the state functions",
     "dashboard_host": "there is no web page yet",
     "dashboard_port": "there is no web page yet",
-    "job_config": "give runtime environments to tasks and actors",
     "logging_config": "use logging_level and logging_format",
-    "runtime_env": "give it to tasks and actors by their option runtime_env",
     "enable_resource_isolation": "the launcher (Slurm, systemd) owns the cgroups",
     "system_reserved_cpu": "say num_cpus instead",
     "system_reserved_memory": "say object_store_memory instead",
     "cgroup_path": "the launcher (Slurm, systemd) owns the cgroups",
     "proxy_server_url": "nothing is reached through a proxy: there are no ports",
 }
+
+
+def _job_config(given: Any, runtime_env: dict[str, Any] | None) -> JobConfig:
+    """As given, with ``runtime_env`` instead of its own if there is one; checked.
+
+    Raises:
+        TypeError, ValueError: it cannot be.
+    """
+    if isinstance(given, dict):
+        given = JobConfig.from_json(given)
+    if not isinstance(given, (JobConfig, type(None))):
+        raise TypeError(f"job_config must be a JobConfig, not {type(given).__name__}")
+    job = copy.copy(given) if given is not None else JobConfig()
+    if job.jvm_options:
+        raise ValueError("job_config has jvm_options: there is no Java here")
+    if job.code_search_path:
+        raise ValueError("job_config has a code_search_path: use runtime_env={'py_modules': [...]}, or PYTHONPATH")
+    if runtime_env:
+        job.set_runtime_env(runtime_env)
+    if job.runtime_env:
+        check(job.runtime_env)
+    return job
 
 
 def _refuse_what_is_not_offered(**options: Any) -> None:
@@ -252,29 +288,51 @@ def _set_resources(
     client.query(GCS_ADDRESS, "set_resources", resources=units, labels=labels or {})
 
 
-def _connect(attachment: Any, namespace: str | None, log_to_driver: bool) -> Client:
+def _connect(attachment: Any, namespace: str | None, job: JobConfig, log_to_driver: bool) -> Client:
     config = attachment.config
     client = Client(attachment.segment, attachment.lane, config, ProcessKind.DRIVER, attachment.worker_id, os.getpid())
     client.adopt(attachment.welcome, attachment.early)
     attachment.on_node_death = lambda text: client.fail(LocalRayletDiedError(f"the session is over: {text}"))
     name = namespace or str(uuid.uuid4())
-    answer = client.request(
-        GCS_ADDRESS,
-        lambda request_id: RegisterJob(
-            request_id, client.address, os.getpid(), " ".join(sys.argv), name, {"python_path": sys.path, "working_dir": os.getcwd()}
-        ),
-        config.settings.start_timeout_s,
-    )
-    client.use_job(answer.job_id)
-    if config.nodes > 1:
-        client.query(GCS_ADDRESS, "wait_nodes", config.settings.start_timeout_s, count=config.nodes)
+    try:
+        environment = _register_job(client, name, job)
+    except BaseException:
+        client.close()
+        raise
     context.namespace = name
+    context.runtime_env = environment
+    context.detached = job._default_actor_lifetime == "detached"
     context.set_client(client)
+    if environment and json.loads(environment).get("config", {}).get("eager_install", True):
+        for node in range(config.nodes):
+            client.send(raylet_address(node), InstallEnvironment(environment))
     client.interrupts.install()
     if log_to_driver:
         client.on_log = _print_log
         client.send(client.raylet, FollowLogs(client.address, client.job_id, True))
     return client
+
+
+def _register_job(client: Client, name: str, job: JobConfig) -> str:
+    """Tell the cluster about this program; its runtime environment as it travels."""
+    config = client.config
+    environment = packed(job.runtime_env, client)
+    settings = {
+        "python_path": sys.path,
+        "working_dir": os.getcwd(),
+        "runtime_env": json.loads(environment or "{}"),
+        "metadata": job.metadata,
+        "default_actor_lifetime": job._default_actor_lifetime,
+    }
+    answer = client.request(
+        GCS_ADDRESS,
+        lambda request_id: RegisterJob(request_id, client.address, os.getpid(), " ".join(sys.argv), name, settings),
+        config.settings.start_timeout_s,
+    )
+    client.use_job(answer.job_id)
+    if config.nodes > 1:
+        client.query(GCS_ADDRESS, "wait_nodes", config.settings.start_timeout_s, count=config.nodes)
+    return environment
 
 
 def _print_log(message: LogLines) -> None:
@@ -325,6 +383,7 @@ def shutdown(*, wait_for_processes: bool = True, _exiting_interpreter: bool = Fa
             return
         atexit.unregister(shutdown)
         context.set_client(None)
+        context.runtime_env, context.detached = "", None
         _attachment = None
         if attachment is None:
             return  # a worker: its process ends by itself

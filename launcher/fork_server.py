@@ -27,7 +27,7 @@ from collections.abc import Callable
 from typing import Any
 
 from hpc_ray import _core, as_ray
-from hpc_ray.config import NodeConfig, encode_config
+from hpc_ray.config import RUNTIME_ENV_VARIABLE, NodeConfig, encode_config
 from hpc_ray.exceptions import LaunchError
 from hpc_ray.ids import FORK_SERVER_LANE, GCS_ADDRESS, raylet_address
 from hpc_ray.launcher import channel, session
@@ -46,7 +46,6 @@ from hpc_ray.protocol import (
 from hpc_ray.worker_log import OutputSplitter
 
 WORKER_VARIABLE = "HPC_RAY_WORKER"  # pid of the worker, in the environment of what it starts
-RUNTIME_ENV_VARIABLE = "HPC_RAY_RUNTIME_ENV"  # JSON of StartWorker.runtime_env, in the worker
 _READ_BYTES = 1 << 16
 _MOST_UNSENT = 16 << 20  # bytes of output that drivers have not taken
 _FLUSH_S = 0.002

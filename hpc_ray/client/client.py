@@ -168,6 +168,7 @@ class Client:
         self.packer = CallPacker(self)
         self.tasks = TaskSubmitter(self, self.packer)
         self.actors = ActorSubmitter(self, self.packer)
+        self.environments: dict[str, tuple[str, Any]] = {}  # runtime environments as given → as they travel, and the given
         self._exported: dict[int, set[bytes]] = {}
         self._batch: list[tuple[int, bytes]] = []  # what is being dispatched; the next message is the last
         self._requests: dict[int, _Request] = {}

@@ -84,6 +84,11 @@ class Jobs(Part):
             if not job.end_time and gone(job.driver):
                 self.finish_job(job, reason)
 
+    def query_job_config(self, job_id: bytes) -> dict[str, Any]:
+        """What its driver said; {} for a job that is not known."""
+        job = self.jobs.get(job_id)
+        return job.config if job is not None else {}
+
     def query_list_jobs(self) -> list[dict[str, Any]]:
         return [
             {

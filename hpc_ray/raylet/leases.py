@@ -225,7 +225,9 @@ class Leases(Part):
             if units:  # it lacks nothing but workers
                 room = dict(self.pool.available) if room is None else room
                 env = queue.shape.runtime_env
-                short[env] = short.get(env, 0) + _count_within(room, queue, units)
+                # What waits until its environment is made leaves the room to others.
+                theirs = room if self.is_made(env) else dict(room)
+                short[env] = short.get(env, 0) + _count_within(theirs, queue, units)
             if not queue.owners:
                 self.queues.pop(queue.key, None)
         for env, units in short.items():

@@ -14,13 +14,16 @@ from typing import TYPE_CHECKING
 
 import msgspec
 
+from hpc_ray.config import DEFAULT_SETUP_TIMEOUT_S
 from hpc_ray.ids import GCS_ADDRESS, RAYLET_LANE, lane_of, node_of, raylet_address
 from hpc_ray.machine import Table, death_text, handles
 from hpc_ray.protocol import (
     UNIT,
     VERSION,
     DeathCause,
+    EnvironmentFailed,
     FollowLogs,
+    InstallEnvironment,
     KillProcess,
     ProcessDied,
     ProcessExited,
@@ -40,6 +43,7 @@ if TYPE_CHECKING:
 SIGKILL = 9
 MAX_START_FAILURES = 3  # in a row for one environment, before its requests get the error
 START_RETRY_S = 1.0  # pause after that for workers that nobody asked for
+OTHER_IDLE_S = 1.0  # after that a worker's place may go to another environment
 
 
 class WorkerState(enum.Enum):
@@ -105,6 +109,7 @@ class Workers(Part):
         self.peers: dict[int, Peer] = {}
         self.follows: dict[tuple[int, bytes], None] = {}
         self._starting: dict[str, int] = {}  # environment → workers in STARTING
+        self._made: set[str] = {""}  # environments that a worker of this node has been in
         self._start_failures: dict[str, int] = {}  # environment → failures in a row
         self.paused_until = 0.0
         self._next_token = 1
@@ -121,9 +126,17 @@ class Workers(Part):
     # -- starting
 
     def start_workers(self, env: str, count: int) -> int:
-        """Fork up to ``count`` more, within the limit of concurrent starts; how many."""
-        room = max(2, self.cpus) - sum(self._starting.values())
-        room = min(room, self.settings.max_processes - 16 - len(self.workers) - len(self.peers))
+        """Fork up to ``count`` more, within the limit of concurrent starts; how many.
+
+        The first worker of an environment makes it, which may take minutes: the others start when it is there, and it is
+        not among those that count as starting."""
+        if env in self._made:
+            starting = sum(number for other, number in self._starting.items() if other in self._made)
+            count = min(count, max(2, self.cpus) - starting)
+        else:
+            count = min(count, 1 - self.starting(env))
+        room = self.settings.max_processes - 16 - len(self.workers) - len(self.peers)
+        self._make_room(env, count, count > room)
         count = min(count, room)
         for _ in range(count):
             token = self._next_token
@@ -133,8 +146,24 @@ class Workers(Part):
             self._starting[env] = self._starting.get(env, 0) + 1
             self.note(worker, "asked for")
             self.act(AskForkServer(StartWorker(token, env, {})))
-            self.set_timer(f"start:{token}", self.now + self.settings.start_timeout_s)
+            timeout_s = _setup_timeout_s(env)
+            if timeout_s >= 0:
+                self.set_timer(f"start:{token}", self.now + self.settings.start_timeout_s + timeout_s)
         return max(count, 0)
+
+    def _make_room(self, env: str, count: int, full: bool) -> None:
+        """End idle workers of other environments where there are more than the node needs; ``full``: no process more fits."""
+        surplus = len(self.idle) + sum(self._starting.values()) + count - max(self.cpus, self.prestart)
+        for worker in list(self.idle.values()):
+            if count <= 0 or surplus <= 0:
+                return
+            if worker.env != env and (full or (worker.env and worker.since + OTHER_IDLE_S <= self.now)):
+                self.end(worker, "another environment needs its place")
+                surplus -= 1
+
+    def is_made(self, env: str) -> bool:
+        """Has a worker of this node been in the environment? Then the next one starts in milliseconds."""
+        return env in self._made
 
     def starting(self, env: str) -> int:
         return self._starting.get(env, 0)
@@ -188,6 +217,7 @@ class Workers(Part):
         if worker.state is WorkerState.ENDING:
             return
         self._start_failures.pop(worker.env, None)
+        self._made.add(worker.env)
         self.send(source, self.welcome)
         self._starting[worker.env] -= 1
         self.set_idle(worker)
@@ -222,7 +252,21 @@ class Workers(Part):
     def timer_start(self, token: str) -> None:
         worker = self.workers.get(int(token))
         if worker is not None and worker.state is WorkerState.STARTING:
-            self.kill(worker, DeathCause("CRASHED", f"it did not start within {self.settings.start_timeout_s} s"))
+            limit = self.settings.start_timeout_s + _setup_timeout_s(worker.env)
+            kind = "RUNTIME_ENV" if worker.env else "CRASHED"
+            self.kill(worker, DeathCause(kind, f"it did not start within {limit:g} s"))
+
+    @handles(EnvironmentFailed)
+    def on_environment_failed(self, event: EnvironmentFailed, source: int) -> None:
+        """The worker leaves; who waits is answered when it is reaped."""
+        worker = self.workers.get(event.token)
+        if worker is not None and worker.cause is None:
+            worker.cause = DeathCause("RUNTIME_ENV", event.text)
+
+    @handles(InstallEnvironment)
+    def on_install_environment(self, event: InstallEnvironment, source: int) -> None:
+        if event.runtime_env not in self._made and not self.stopping:
+            self.start_workers(event.runtime_env, 1)
 
     # -- taking one
 
@@ -318,7 +362,7 @@ class Workers(Part):
         kind, text = death_text(event.status)
         if not worker.address and not self.stopping:  # STARTING, or killed because it did not start in time
             text = worker.cause.text if worker.cause else f"the worker process ended while it started: {text}"
-            self._start_failed(worker, text, final=False)
+            self._start_failed(worker, text, final=worker.cause is not None and worker.cause.kind == "RUNTIME_ENV")
             return
         cause = worker.cause or (DeathCause("EXITED", worker.leaving) if worker.leaving else DeathCause(kind, text))
         cause = msgspec.structs.replace(cause, node_id=self.node_id, pid=worker.pid)
@@ -416,3 +460,11 @@ class Workers(Part):
 
     def note(self, worker: Worker, text: str) -> None:
         self.history.add(str(worker.token), self.now, text)
+
+
+def _setup_timeout_s(env: str) -> float:
+    """How long an environment may take to be made; -1: as long as it takes."""
+    if not env:
+        return 0.0
+    config = msgspec.json.decode(env).get("config", {})
+    return float(config.get("setup_timeout_seconds", DEFAULT_SETUP_TIMEOUT_S))

@@ -13,20 +13,22 @@ from setproctitle import setproctitle
 from hpc_ray._core import Segment
 from hpc_ray.client import context
 from hpc_ray.client.client import Client
-from hpc_ray.config import NodeConfig
+from hpc_ray.config import RUNTIME_ENV_VARIABLE, NodeConfig
 from hpc_ray.protocol import ProcessKind
+from hpc_ray.worker.environment import Environment
 from hpc_ray.worker.executor import Executor
 from hpc_ray.worker.output import name_streams
 
 
-def main(segment: Segment, config: NodeConfig, token: int) -> None:
-    """Run a worker in this freshly forked process; does not return.
+def main(segment: Segment, config: NodeConfig, token: int, *, entered: bool = False) -> None:
+    """Run a worker in this freshly forked process; does not return. ``entered``: it has become a new interpreter for its
+    runtime environment, and is in it but for the hook.
 
     Leaves by ``os._exit``: the handlers that user code registered with ``atexit`` run when the end is orderly, and not when the
     process was told to die."""
     status = 1
     try:
-        status = _live(segment, config, token)
+        status = _live(segment, config, token, entered)
     except KeyboardInterrupt:
         status = 130
     except BaseException:
@@ -36,23 +38,18 @@ def main(segment: Segment, config: NodeConfig, token: int) -> None:
         os._exit(status)
 
 
-def _live(segment: Segment, config: NodeConfig, token: int) -> int:
+def _live(segment: Segment, config: NodeConfig, token: int, entered: bool) -> int:
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     setproctitle("hpc_ray::idle")
     name_streams()
-    for entry in reversed(config.python_path):
-        if entry not in sys.path:
-            sys.path.insert(0, entry)
-    if config.working_dir:
-        try:
-            os.chdir(config.working_dir)
-        except OSError as error:
-            print(f"hpc_ray: the driver's folder cannot be entered here: {error}", file=sys.stderr)
     lane = segment.open_lane()
     worker_id = os.urandom(28)
     client = Client(segment, lane, config, ProcessKind.WORKER, worker_id, os.getpid(), token)
     context.set_client(client)
     context.is_worker = True
+    context.runtime_env = os.environ.pop(RUNTIME_ENV_VARIABLE, "")
+    if context.runtime_env and not _enter(Environment(context.runtime_env, client), entered):
+        return 1
     executor = Executor(client)
     signal.signal(signal.SIGINT, client.interrupts.on_signal)  # cancel uses it
     client.on_shutdown = lambda reason: _on_shutdown(executor, reason)
@@ -64,6 +61,19 @@ def _live(segment: Segment, config: NodeConfig, token: int) -> int:
     client.close()
     client.lane.close()
     return executor.status
+
+
+def _enter(environment: Environment, entered: bool) -> bool:
+    """False: it cannot be, and the raylet knows."""
+    try:
+        with environment.time_limit():
+            if not entered:
+                environment.enter()
+            environment.call_hook()
+    except BaseException as error:
+        environment.failed(error)
+        return False
+    return True
 
 
 def _on_shutdown(executor: Executor, reason: str) -> None:

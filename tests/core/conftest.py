@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import zipfile
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from types import ModuleType
 from typing import Any
 
@@ -41,3 +43,45 @@ def all_resources_free(request: pytest.FixtureRequest, eventually: Callable[...,
     if ray is not None:
         total = ray.cluster_resources()
         eventually(lambda: ray.available_resources() == total, "all resources free")
+
+
+@pytest.fixture
+def project(tmp_path: Path) -> Path:
+    """A folder for ``working_dir``."""
+    folder = tmp_path / "project"
+    (folder / "deep" / "deeper").mkdir(parents=True)
+    (folder / "empty").mkdir()
+    for name, text in {
+        "data.txt": "data",
+        "of_the_project.py": "VALUE = 'project'\n",
+        "deep/deeper/kept.txt": "kept",
+        "deep/deeper/left.log": "left",
+        "notes.md": "notes",
+        "tool.sh": "#!/bin/sh\necho tool\n",
+        ".gitignore": "*.log\n",
+    }.items():
+        (folder / name).write_text(text)
+    (folder / "tool.sh").chmod(0o755)
+    return folder
+
+
+@pytest.fixture
+def wheel() -> Callable[..., str]:
+    """``wheel(folder, name, version, code, requires="")`` makes one, without a builder; its path."""
+
+    def make(folder: Path, name: str, version: str, code: str, requires: str = "") -> str:
+        path = folder / f"{name}-{version}-py3-none-any.whl"
+        info = f"{name}-{version}.dist-info"
+        needed = f"Requires-Dist: {requires}\n" if requires else ""
+        contents = {
+            f"{name}/__init__.py": code,
+            f"{info}/METADATA": f"Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n{needed}",
+            f"{info}/WHEEL": "Wheel-Version: 1.0\nGenerator: test\nRoot-Is-Purelib: true\nTag: py3-none-any\n",
+        }
+        with zipfile.ZipFile(path, "w") as file:
+            for inner, text in contents.items():
+                file.writestr(inner, text)
+            file.writestr(f"{info}/RECORD", "".join(f"{inner},,\n" for inner in contents) + f"{info}/RECORD,,\n")
+        return str(path)
+
+    return make

@@ -252,7 +252,7 @@ def random_program(driver, dice):
             {"CPU": dice.choice([0, 1, 1, 2]), "GPU": (gpus := dice.choice([0, 0, 0, 0.5, 1]))},
             dice.choice([0.0, 0.001, 0.02]),
             children=0 if gpus else dice.choice([0, 0, 0, 1, 2]),  # a parent keeps its GPU
-            runtime_env=dice.choice(["", "", "", "e"]),
+            runtime_env=dice.choice(["", "", "", "{}"]),
             strategy=Strategy(dice.choice(["DEFAULT", "DEFAULT", "SPREAD"])),
         )
     for number in range(dice.randint(0, 3)):

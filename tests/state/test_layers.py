@@ -37,7 +37,7 @@ GROUPS = {
     "facade": Group(6, "."),
     "public": Group(
         5,
-        "actor api cloudpickle cluster_utils experimental job_config options placement remote_function runtime_context"
+        "actor api cloudpickle cluster_utils experimental job_config options packing placement remote_function runtime_context"
         " runtime_env session types util",
     ),
     "worker": Group(4, "worker"),
@@ -47,6 +47,7 @@ GROUPS = {
     "raylet": Group(3, "raylet"),
     "client": Group(3, "client"),
     "collectives": Group(3, "collectives"),
+    "environments": Group(3, "environments"),  # beside those who ask for them and make them
     "deciding": Group(2, "machine scheduling"),  # what the two states share
     "serving": Group(2, "serving", beside="deciding core"),  # what the two servers share
     "transport": Group(2, "transport"),
@@ -66,8 +67,13 @@ THIRD_PARTY = {
 OPTIONAL = {"torch", "cupy", "mpi4py", "numpy", "matplotlib", "sklearn", "pandas"}
 # … but for modules that are themselves imported inside a function only.
 NEEDS_OPTIONAL = {"hpc_ray.transport.mpi"}
+_FRESH = "a script in a new interpreter: its import path is set first"
 # Imports of our own inside a function: {(module, imported): reason}.
 INSIDE_FUNCTIONS = {
+    ("hpc_ray.worker.fresh", "hpc_ray.as_ray"): _FRESH,
+    ("hpc_ray.worker.fresh", "hpc_ray.worker"): _FRESH,
+    ("hpc_ray.worker.fresh", "hpc_ray._core"): _FRESH,
+    ("hpc_ray.worker.fresh", "hpc_ray.config"): _FRESH,
     ("hpc_ray.launcher.link", "hpc_ray.transport.mpi"): "MPI is started in the link alone, after the node's process is forked",
 }
 

@@ -1,5 +1,7 @@
 """The raylet's decisions, one event at a time."""
 
+import json
+
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -189,6 +191,95 @@ def test_environments_have_workers_of_their_own():
     [other] = node.lease(number=2, runtime_env="{}")
     assert other.worker != plain.worker
     assert node.asked[-1].runtime_env == "{}"
+
+
+def env(name):
+    return json.dumps({"env_vars": {"E": name}})
+
+
+def started(node, environment):
+    return [m.token for m in node.asked if isinstance(m, p.StartWorker) and m.runtime_env == environment]
+
+
+def test_one_worker_makes_an_environment_and_holds_up_nobody():
+    node = Node({"CPU": 2})
+    node.auto = False
+    node.lease(count=2, runtime_env=env("slow"))
+    assert len(started(node, env("slow"))) == 1
+    node.lease(OTHER, count=2)
+    for token in started(node, ""):
+        node.start(token)
+    assert len(started(node, "")) == 2
+    for granted in node.take(p.LeaseGranted, OTHER):
+        node.tell(p.ReturnLease(granted.lease_id), OTHER)
+    node.start(*started(node, env("slow")))
+    assert len(started(node, env("slow"))) == 2  # the other one, now that it is there
+    node.start(started(node, env("slow"))[1])
+    assert len(node.take(p.LeaseGranted, ME)) == 2
+    node.state.validate()
+
+
+def test_an_environment_that_fails():
+    node = Node({"CPU": 2})
+    node.auto = False
+    node.lease(count=2, runtime_env=env("bad"))
+    node.tell(p.StartActor(0, actor(runtime_env=env("bad"))), GCS_ADDRESS)
+    [token] = started(node, env("bad"))
+    node.tell(p.WorkerForked(token, 77), 0)
+    node.tell(p.EnvironmentFailed(token, "no such package"), address_of(0, 900, 1))
+    assert not node.take(p.LeaseRefused)
+    node.tell(p.ProcessExited(77, 256), 0)
+    [refusal] = node.take(p.LeaseRefused, ME)
+    assert (refusal.reason, refusal.text) == (p.LeaseRefusal.RUNTIME_ENV, "no such package")
+    [rejection] = node.take(p.ActorRejected)
+    assert (rejection.cause.kind, rejection.cause.text) == ("RUNTIME_ENV", "no such package")
+    assert len(started(node, env("bad"))) == 1
+    node.lease(number=2, runtime_env=env("bad"))  # asked for again it is tried again
+    assert len(started(node, env("bad"))) == 2
+    node.state.validate()
+
+
+def test_a_setup_that_never_ends_is_ended():
+    node = Node(start_timeout_s=10.0)
+    node.auto = False
+    limited = '{"config": {"setup_timeout_seconds": 5}}'
+    endless = '{"config": {"setup_timeout_seconds": -1}}'
+    node.lease(runtime_env=limited)
+    node.lease(OTHER, runtime_env=endless)
+    tokens = [started(node, limited)[0], started(node, endless)[0]]
+    for token in tokens:
+        node.tell(p.WorkerForked(token, 70 + token), 0)
+    node.pass_time(14)
+    assert not [m for m in node.asked if isinstance(m, p.KillProcess)]
+    node.pass_time(1000)
+    assert [m.pid for m in node.asked if isinstance(m, p.KillProcess)] == [70 + tokens[0]]
+    node.tell(p.ProcessExited(70 + tokens[0], 9), 0)
+    assert "15 s" in node.take(p.LeaseRefused, ME)[0].text
+    assert len(started(node, limited)) == 1
+
+
+def test_an_environment_is_made_before_it_is_wanted():
+    node = Node()
+    node.tell(p.InstallEnvironment(env("job")), ME)
+    node.tell(p.InstallEnvironment(env("job")), ME)
+    [token] = started(node, env("job"))
+    [granted] = node.lease(runtime_env=env("job"))
+    assert node.state.by_address[granted.worker].token == token
+
+
+def test_idle_workers_of_other_environments_make_room():
+    node = Node({"CPU": 2})
+    for name in "ab":
+        [granted] = node.lease(runtime_env=env(name))
+        node.tell(p.ReturnLease(granted.lease_id), ME)
+    assert len(node.state.idle) == 2
+    node.pass_time(2)
+    [granted] = node.lease(runtime_env=env("c"))
+    [ended] = [worker for worker in node.state.workers.values() if worker.state is WorkerState.ENDING]
+    assert ended.env == env("a")  # the one that was idle for longest
+    assert [d for d, m in node.sent if isinstance(m, p.Shutdown)] == [ended.address]
+    assert [worker.env for worker in node.state.idle.values()] == [env("b")]
+    node.state.validate()
 
 
 def test_blocked_worker_gives_its_cpu_and_takes_it_back():
@@ -599,7 +690,7 @@ def test_logs_are_followed_on_all_nodes():
 OWNERS = [ME, OTHER, address_of(1, 30, 1)]
 steps = st.one_of(
     st.tuples(st.just("ask"), st.integers(0, 2), st.integers(1, 4), st.sampled_from([0, UNIT, 2 * UNIT]),
-              st.sampled_from(["", "e"]), st.booleans()),
+              st.sampled_from(["", "{}"]), st.booleans()),
     st.tuples(st.just("resize"), st.integers(0, 2), st.integers(0, 9), st.integers(0, 2)),
     st.tuples(st.just("return"), st.integers(0, 9), st.booleans()),
     st.tuples(st.sampled_from(["block", "unblock", "die"]), st.integers(0, 9)),
