@@ -53,8 +53,10 @@ from hpc_ray.protocol import (
     decode,
     encode,
 )
+from hpc_ray.spilling import ObjectFiles
 
 TICK_S = 0.02
+ROOM_TRIES = 5  # others may take the room that was made; then the object goes to a file
 
 
 class Waiter:
@@ -132,6 +134,7 @@ class Client:
         self.segment = segment
         self.lane = lane
         self.store = Store(segment, lane)
+        self.files = ObjectFiles(self.store, config.spill_dir)
         self.config = config
         self.settings = config.settings
         self.kind = kind
@@ -546,7 +549,7 @@ class Client:
     # -------------------------------------------------------------- objects
 
     def put(self, value: Any) -> ObjectRef:
-        """Store a value; its reference. Raises what ``serialize`` raises, and ObjectStoreFullError."""
+        """Store a value; its reference. Raises what ``serialize`` raises, and ``store_value``."""
         self.work_off_released()
         try:
             serialized = serialize.serialize(value)
@@ -560,35 +563,46 @@ class Client:
         """Put bytes where they belong by their size: into a message, or into the arena.
 
         Raises:
-            ObjectStoreFullError: the arena has no room for it.
+            ObjectStoreFullError, OutOfDiskError: neither the arena nor the disk has room for it.
         """
         if serialized.size <= self.settings.inline_bytes:
             return Result(INLINE, serialized.to_bytes(), size=serialized.size)
-        handle = self._create(object_id, serialized.size, owner)
         store = self.store
+        handle = self._create(object_id, serialized.size, owner)
+        on_disk = handle is None
+        if handle is None:
+            handle = self._create_on_disk(object_id, serialized.size, owner)
         try:
-            serialized.write(lambda offset, data: store.write(handle, offset, data))
+            if on_disk:
+                self.files.write(handle, serialized.size, serialized.pieces())
+            else:
+                for offset, data in serialized.pieces():
+                    store.write(handle, offset, data)
         except BaseException:
             store.abort(handle)
             raise
         store.seal(handle)
         return Result(ARENA, b"", self.node, handle, serialized.size)
 
-    def _create(self, object_id: bytes, size: int, owner: int) -> int:
-        try:
-            return self.store.create(object_id, size, owner)
-        except ArenaFull as error:
-            if size > self.config.arena_bytes:
-                raise ObjectStoreFullError(f"an object of {size} bytes can never be stored here: {error}") from None
-        for _ in range(10):
-            self.work_off_released()
-            answer = self.request(self.raylet, lambda request_id: ArenaFullNotice(request_id, size))
+    def _create(self, object_id: bytes, size: int, owner: int) -> int | None:
+        """Room in the arena, after a wait for the raylet to make some if need be; None if the object shall go to a file."""
+        for _ in range(ROOM_TRIES):
             try:
                 return self.store.create(object_id, size, owner)
-            except ArenaFull as error:
-                if answer.error:
-                    raise ObjectStoreFullError(f"{answer.error} ({error})") from None
-        raise ObjectStoreFullError(f"no room for an object of {size} bytes in the object store of node {self.node}")
+            except ArenaFull:
+                self.work_off_released()
+            answer = self.request(self.raylet, lambda request_id: ArenaFullNotice(request_id, size))
+            if answer.error:
+                raise _error_class(answer.error_kind)(answer.error)
+            if answer.on_disk:
+                break
+        return None
+
+    def _create_on_disk(self, object_id: bytes, size: int, owner: int) -> int:
+        try:
+            return self.store.create_on_disk(object_id, size, owner)
+        except ArenaFull as error:
+            raise ObjectStoreFullError(f"The object store of node {self.node} has more objects than it can count: {error}") from None
 
     def get_one(self, reference: ObjectRef, timeout_s: float | None = None) -> Any:
         """The value of a reference; raises its error. Blocks."""
@@ -703,14 +717,13 @@ class Client:
         assert result is not None
         if result.kind == ARENA:
             handle = self.objects.local_handle(entry)
-            pin = None if handle is None else self.store.get(handle)
-            if pin is None:
+            data: Any = None if handle is None else self.files.read(handle)
+            if data is None:
                 with self.lock:
                     if entry.state == READY:
                         self.objects.lost_at(entry, self.node)
                 self.make_available([entry], None)
                 return self.load(entry)
-            data: Any = pin
         else:
             data = result.payload
         value, loans = self.load_with_loans(data)

@@ -270,7 +270,7 @@ class ObjectTable:
     def delete_copy(self, node: int, handle: int, brought: bool = False) -> None:
         """``brought``: the node's raylet has fetched it from elsewhere, and keeps a record of it."""
         if node == node_of(self.client.address) and not brought:
-            self.client.store.delete(handle)
+            self.client.files.delete(handle)
         else:
             self.client.send(raylet_address(node), DeleteCopies([handle]))
 
