@@ -29,6 +29,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     prestart_workers: int = -1  # -1: as many as CPUs, at most 8
     report_interval_s: float = 0.1  # resource reports to the GCS
     start_timeout_s: float = 60.0  # for nodes and workers to come up
+    max_lineage_bytes: int = 256 << 20  # of records in each process of how its large results were made
     log_to_driver: bool = True
     object_spilling_directory: str = ""  # node-local disk for objects that the store has no room for; "": the session's folder
     kill_on_exit_s: float = 2.0  # grace between an orderly end and SIGKILL

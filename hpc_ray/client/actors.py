@@ -22,7 +22,6 @@ from hpc_ray.client.refs import ObjectRef
 from hpc_ray.client.tasks import CallPacker, Task, Template
 from hpc_ray.exceptions import (
     ActorDiedError,
-    ActorPlacementGroupRemoved,
     ActorUnavailableError,
     ActorUnschedulableError,
     PendingCallsLimitExceeded,
@@ -60,8 +59,6 @@ def death_error(actor_id: bytes, class_name: str, cause: DeathCause | None, info
         return ActorDiedError(identity, "The actor died.")
     if cause.kind == "RUNTIME_ENV":
         return RuntimeEnvSetupError(cause.text)
-    if cause.kind == "GROUP_REMOVED":
-        return ActorPlacementGroupRemoved()
     if cause.kind == "UNSCHEDULABLE":
         return ActorUnschedulableError(cause.text)
     if cause.kind == "INIT_FAILED":
@@ -72,7 +69,7 @@ def death_error(actor_id: bytes, class_name: str, cause: DeathCause | None, info
         return error
     lines = [
         "The actor died unexpectedly before finishing this task."
-        if cause.kind in ("CRASHED", "NODE_DIED", "OOM")
+        if cause.kind in ("CRASHED", "NODE_DIED", "OOM", "GROUP_REMOVED")
         else "The actor is dead.",
         f"\tclass_name: {class_name}",
         f"\tactor_id: {identity}",
@@ -125,6 +122,8 @@ class ActorLink:
 
 class ActorSubmitter:
     """All actor calls of this process that are not done. Under the client's lock unless a method says otherwise."""
+
+    repeats = False
 
     def __init__(self, client: Client, packer: CallPacker):
         self.client = client
@@ -295,9 +294,9 @@ class ActorSubmitter:
         task.attempt += 1
         link.queue.append(task)
 
-    def run_again(self, task: Task, entry: Entry) -> bool:
+    def run_again(self, task: Task) -> str:
         """A lost result of an actor is not made again: the actor's state has moved on."""
-        return False
+        return "OBJECT_UNRECONSTRUCTABLE_RETRIES_DISABLED"
 
     # -------------------------------------------------------------- what becomes of actors
 

@@ -29,7 +29,7 @@ from hpc_ray.client.objects import ARENA, ERROR, FREED, INLINE, READY, Entry, Ob
 from hpc_ray.client.refs import ObjectRef
 from hpc_ray.client.tasks import CallPacker, Function, TaskSubmitter
 from hpc_ray.config import NodeConfig
-from hpc_ray.exceptions import GetTimeoutError, LocalRayletDiedError, ObjectStoreFullError, RayError, RayTaskError
+from hpc_ray.exceptions import GetTimeoutError, LocalRayletDiedError, ObjectStoreFullError, RayError, RaySystemError, RayTaskError
 from hpc_ray.ids import RAYLET_LANE, IdMinter, lane_of, node_of, raylet_address
 from hpc_ray.protocol import (
     ActorCreated,
@@ -553,7 +553,7 @@ class Client:
         self.work_off_released()
         try:
             serialized = serialize.serialize(value)
-        except Exception as error:
+        except TypeError as error:
             where = serialize.explain(value, "value")
             raise TypeError(f"Could not serialize the value: {error}. The part at fault: {where}") from error
         entry = self.objects.put(serialized, [reference._entry for reference in serialized.contained])
@@ -735,11 +735,17 @@ class Client:
         return value
 
     def load_with_loans(self, data: Any) -> tuple[Any, list[Entry]]:
-        """A value, and the borrowed references met in it for which this process is not registered yet."""
+        """A value, and the borrowed references met in it for which this process is not registered yet.
+
+        Raises:
+            RaySystemError: it cannot be made here, for instance because a module is missing.
+        """
         outer = self._loading.loans
         loans = self._loading.loans = []
         try:
             return serialize.deserialize(data), loans
+        except Exception as error:
+            raise RaySystemError(str(error), traceback.format_exc()) from error
         finally:
             self._loading.loans = outer
 
