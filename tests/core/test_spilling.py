@@ -20,6 +20,7 @@ from hpc_ray.client import context
 from hpc_ray.config import Settings
 from hpc_ray.experimental import get_object_locations
 from hpc_ray.launcher import session
+from hpc_ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 STORE = 32 << 20
 LARGE = 4 << 20  # eight of these do not fit, with their headers
@@ -238,3 +239,32 @@ def test_files_of_a_session_that_was_killed_as_a_whole_are_swept(no_leaks, tmp_p
     assert any(path.is_file() for path in tmp_path.rglob("*"))
     eventually(lambda: name in session.sweep(), "all have let go of the folder's lock")
     assert not list(tmp_path.rglob("*"))
+
+
+def test_spilled_objects_travel_between_full_nodes(no_leaks, tmp_path):
+    """Both stores are too small for all of them: they leave from files, and arrive in files."""
+    import hpc_ray
+
+    if context.client is not None:
+        hpc_ray.shutdown()
+    hpc_ray.init(num_nodes=2, num_cpus=1, object_store_memory=STORE, object_spilling_directory=str(tmp_path), log_to_driver=False)
+    try:
+        here = hpc_ray.get_runtime_context().get_node_id()
+        there = next(node["NodeID"] for node in hpc_ray.nodes() if node["NodeID"] != here)
+
+        @hpc_ray.remote(num_cpus=0, scheduling_strategy=NodeAffinitySchedulingStrategy(there, soft=False))
+        def make(i, size=LARGE):
+            return array(i, size)
+
+        references = [make.remote(i) for i in range(16)]
+        values = hpc_ray.get(references)  # all in use here
+        assert all(same(value, i) for i, value in enumerate(values))
+        large = hpc_ray.get(make.remote(16, STORE + LARGE))
+        assert same(large, 16, STORE + LARGE)
+        files = [path for path in tmp_path.rglob("*") if path.is_file()]
+        assert {path.parent.name for path in files} == {"node-0", "node-1"}
+        del values, large
+        references.clear()
+    finally:
+        hpc_ray.shutdown()
+    assert not any(path.is_file() for path in tmp_path.rglob("*"))
