@@ -346,7 +346,8 @@ class ObjectReconstructionFailedError(ObjectLostError):
         "OBJECT_UNRECONSTRUCTABLE_LINEAGE_EVICTED": "the record of how it was made was dropped, since such records had taken more "
         "than max_lineage_bytes (a setting: HPC_RAY_MAX_LINEAGE_BYTES)",
         "OBJECT_UNRECONSTRUCTABLE_PUT": "it was stored by put(), which cannot be repeated; a value that a task returns can",
-        "OBJECT_UNRECONSTRUCTABLE_RETRIES_DISABLED": "its task must not be repeated (max_retries=0), or it was a call of an actor",
+        "OBJECT_UNRECONSTRUCTABLE_RETRIES_DISABLED": "what made it must not be repeated (max_retries=0 for a task, "
+        "max_task_retries=0 for an actor)",
         "OBJECT_UNRECONSTRUCTABLE_TASK_CANCELLED": "the task that would make it was cancelled",
     }
 

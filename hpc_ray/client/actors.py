@@ -123,8 +123,6 @@ class ActorLink:
 class ActorSubmitter:
     """All actor calls of this process that are not done. Under the client's lock unless a method says otherwise."""
 
-    repeats = False
-
     def __init__(self, client: Client, packer: CallPacker):
         self.client = client
         self.packer = packer
@@ -209,11 +207,7 @@ class ActorSubmitter:
         self.packer.pack(task, args, kwargs)
         with client.lock:
             made = self.packer.make_returns(task)
-            task.lane = link
-            self.calls[task.id] = task
-            link.pending += 1
-            if link.pending == 1 and link.scope is not None:
-                link.scope.count += 1
+            self.admit(link, task)
             ready = not task.dependencies or self.packer.wait_for_dependencies(task, self.on_dependencies)
             if link.state == ActorState.ALIVE and ready and not link.queue:
                 self.push(link, task)
@@ -225,6 +219,14 @@ class ActorSubmitter:
                 if link.out_of_order:
                     self.flush(link)
         return made
+
+    def admit(self, link: ActorLink, task: Task) -> None:
+        """The call is one of the actor's until ``end``."""
+        task.lane = link
+        self.calls[task.id] = task
+        link.pending += 1
+        if link.pending == 1 and link.scope is not None:
+            link.scope.count += 1
 
     def on_dependencies(self, task: Task) -> None:
         self.flush(task.lane)
@@ -294,9 +296,22 @@ class ActorSubmitter:
         task.attempt += 1
         link.queue.append(task)
 
-    def run_again(self, task: Task) -> str:
-        """A lost result of an actor is not made again: the actor's state has moved on."""
-        return "OBJECT_UNRECONSTRUCTABLE_RETRIES_DISABLED"
+    def is_under_way(self, task: Task) -> bool:
+        return task.id in self.calls
+
+    def start_again(self, task: Task) -> None:
+        """A finished call with retries, whose arguments are held and whose lost results are PENDING: it is made once more, by the
+        actor as it is now or will be when it has been restarted."""
+        link = task.lane
+        self.admit(link, task)
+        if link.state == ActorState.DEAD:
+            self.end(task)
+            self.packer.fail(task, death_error(link.id, link.class_name, link.cause, link.info))
+            return
+        self.again(link, task)
+        ready = self.packer.wait_for_dependencies(task, self.on_dependencies)
+        if ready and node_of(link.address) not in self.client.dead_nodes:  # else it goes with the news of the restart
+            self.flush(link)
 
     # -------------------------------------------------------------- what becomes of actors
 

@@ -157,12 +157,12 @@ class Task:
     @property
     def may_repeat(self) -> bool:
         """Whether a result that is lost may be made again."""
-        return bool(self.submitter.repeats and self.template.max_retries != 0)
+        return self.template.max_retries != 0
 
     def run_again(self) -> str:
         """Make a lost result once more; the reason if that is impossible, "" if it is under way."""
-        reason: str = self.submitter.run_again(self)
-        return reason
+        packer: CallPacker = self.submitter.packer
+        return packer.run_again(self)
 
     def result_gone(self, entry: Entry) -> None:
         """Nobody will want this result again. When that was the last one, neither will anybody want this task's arguments."""
@@ -326,6 +326,43 @@ class CallPacker:
             for entry in oldest.returns:
                 if entry.task is oldest:
                     oldest.result_gone(entry)
+
+    def run_again(self, task: Task) -> str:
+        """Make the lost results of a finished task once more, and what it needs for that; why not, or ""."""
+        plan: list[Task] = []
+        seen = {task.id}
+        look = [task]
+        while look:
+            one = look.pop()
+            if one.submitter.is_under_way(one):
+                continue  # under way for another of its results
+            if not one.may_repeat:
+                return "OBJECT_UNRECONSTRUCTABLE_RETRIES_DISABLED"
+            if one.retries_left == 0:
+                return "OBJECT_UNRECONSTRUCTABLE_MAX_ATTEMPTS_EXCEEDED"
+            if one.cancelled:
+                return "OBJECT_UNRECONSTRUCTABLE_TASK_CANCELLED"
+            plan.append(one)
+            for _, argument in one.dependencies:
+                if argument.state == FREED and argument.result is None:
+                    if argument.task is None:
+                        return self.objects.why_no_task(argument)
+                    if argument.task.id not in seen:
+                        seen.add(argument.task.id)
+                        look.append(argument.task)
+        for one in plan:
+            self.forget(one)
+            for _, argument in one.dependencies:
+                if argument.state == FREED:
+                    self.objects.revive(argument)
+                argument.count += 1
+                argument.lineage -= 1
+            for result in one.returns:
+                if result.state == READY and result.result is not None and result.result.kind == ARENA and not result.places:
+                    result.state = State.PENDING
+        for one in plan:
+            one.submitter.start_again(one)
+        return ""
 
     def forget(self, task: Task) -> None:
         if self.lineage.pop(task.id, None) is not None:
@@ -559,8 +596,6 @@ class Scheduler:
 class TaskSubmitter:
     """All tasks of this process that are not done. Methods run under the client's lock unless they say otherwise."""
 
-    repeats = True  # a finished task may run again, when its result is lost
-
     def __init__(self, client: Client, packer: CallPacker):
         self.client = client
         self.packer = packer
@@ -654,43 +689,13 @@ class TaskSubmitter:
         if self.packer.wait_for_dependencies(task, self.ready):
             self.ready(task)
 
-    def run_again(self, task: Task) -> str:
-        """Make the lost results of a finished task once more, and what it needs for that; why not, or ""."""
-        plan: list[Task] = []
-        seen = {task.id}
-        look = [task]
-        while look:
-            one = look.pop()
-            if one.id in self.tasks:
-                continue  # under way for another of its results
-            if not one.may_repeat:
-                return "OBJECT_UNRECONSTRUCTABLE_RETRIES_DISABLED"
-            if one.retries_left == 0:
-                return "OBJECT_UNRECONSTRUCTABLE_MAX_ATTEMPTS_EXCEEDED"
-            if one.cancelled:
-                return "OBJECT_UNRECONSTRUCTABLE_TASK_CANCELLED"
-            plan.append(one)
-            for _, argument in one.dependencies:
-                if argument.state == FREED and argument.result is None:
-                    if argument.task is None:
-                        return self.client.objects.why_no_task(argument)
-                    if argument.task.id not in seen:
-                        seen.add(argument.task.id)
-                        look.append(argument.task)
-        for one in plan:
-            self.packer.forget(one)
-            for _, argument in one.dependencies:
-                if argument.state == FREED:
-                    self.client.objects.revive(argument)
-                argument.count += 1
-                argument.lineage -= 1
-            for result in one.returns:
-                if result.state == READY and result.result is not None and result.result.kind == ARENA and not result.places:
-                    result.state = State.PENDING
-            self.tasks[one.id] = one
-        for one in plan:
-            self.retry(one)
-        return ""
+    def is_under_way(self, task: Task) -> bool:
+        return task.id in self.tasks
+
+    def start_again(self, task: Task) -> None:
+        """A finished task, whose arguments are held and whose lost results are PENDING."""
+        self.tasks[task.id] = task
+        self.retry(task)
 
     # -------------------------------------------------------------- messages
 

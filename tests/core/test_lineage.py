@@ -93,7 +93,7 @@ def test_records_are_bounded(ray, eventually):
     assert 3 <= remembered() <= 13
 
 
-def test_calls_of_actors_and_tasks_without_retries_are_not_remembered(ray):
+def test_what_must_not_be_repeated_is_not_remembered(ray):
     ray.init(num_cpus=2)
     first, add, _ = make_tasks(ray, max_retries=0)
 
@@ -149,3 +149,27 @@ def test_why_a_result_cannot_be_made_again(ray, far):
             ray.get(reference, timeout=60)
         assert caught.value.reason == "OBJECT_UNRECONSTRUCTABLE_" + reason
     assert not context.client.tasks.tasks
+
+
+def test_a_call_of_an_actor_is_made_again(ray, far):
+    """By the actor that was restarted, if it may: with max_task_retries."""
+
+    @ray.remote(num_cpus=0, resources={"far": 1}, max_restarts=-1)
+    class Counter:
+        def __init__(self):
+            self.count = 0
+
+        def add(self, number):
+            self.count += number
+            return np.full(LARGE, self.count, np.uint8)
+
+    _, _, small = make_tasks(ray)
+    counter = Counter.options(max_task_retries=1).remote()
+    once = Counter.remote()
+    references = [counter.add.remote(small.remote(3)), once.add.remote(3)]
+    ray.wait(references, num_returns=2, fetch_local=False)
+    far()
+    assert ray.get(references[0], timeout=60)[0] == 3
+    with pytest.raises(exceptions.ObjectReconstructionFailedError, match="max_task_retries"):
+        ray.get(references[1], timeout=60)
+    assert ray.get(once.add.remote(4), timeout=60)[0] == 4
