@@ -225,6 +225,19 @@ class Pin(Buffer):
     def __buffer__(self, flags: int, /) -> memoryview: ...
 
 @final
+class MappedFile(Buffer):
+    """A whole file as a buffer, without an open descriptor; good as long as it is referred to, also when the file is unlinked.
+    Blocks no other thread while it is opened.
+
+    Raises:
+        OSError: it cannot be opened or mapped.
+    """
+
+    def __init__(self, path: str, *, writable: bool = False) -> None: ...
+    def __len__(self) -> int: ...
+    def __buffer__(self, flags: int, /) -> memoryview: ...
+
+@final
 class Store:
     """The node's object arena, as this process sees it. Thread-safe.
 
@@ -243,6 +256,13 @@ class Store:
             ArenaFull: no block is large enough.
         """
 
+    def create_on_disk(self, object_id: bytes, size: int, owner: int) -> int:
+        """The same for an object whose bytes the caller writes to a file; `seal` when they are there.
+
+        Raises:
+            ArenaFull: the node has no slot left.
+        """
+
     def write_buffer(self, handle: int) -> memoryview:
         """Writable memory of an object that this process is creating (the link: that any process of its node is
         creating); not to be used after seal or abort."""
@@ -259,20 +279,30 @@ class Store:
     def get(self, handle: int) -> Pin | None:
         """Pin a sealed object; None when it is gone (or not sealed)."""
 
-    def delete(self, handle: int) -> bool:
-        """No new pins; freed when the last pin goes. False when it was gone already."""
+    def delete(self, handle: int) -> int:
+        """No new pins; freed when the last pin goes. 0: it was gone already; 2: its bytes are in a file, which the caller
+        removes; 1 otherwise."""
+
+    def spill(self, handle: int) -> bool:
+        """Its bytes are in a file by now: free the memory, and keep the handle. False when it is pinned or gone."""
+
+    def victims(self) -> list[tuple[int, int]]:
+        """(handle, size) of the sealed objects in the arena that nobody has pinned, least recently used first."""
+
+    def room(self) -> tuple[int, int]:
+        """Bytes that are free for objects, and those of the largest object that could be created now."""
 
     def claim(self, handle: int) -> bool:
         """Its owner knows of it: `reclaim` of the creator will not report it. False when it is gone."""
 
-    def info(self, handle: int) -> tuple[bytes, int, int, bool] | None:
-        """(object_id, size, owner, sealed), or None when it is gone."""
+    def info(self, handle: int) -> tuple[bytes, int, int, bool, bool] | None:
+        """(object_id, size, owner, sealed, on_disk), or None when it is gone."""
 
     def list_objects(self) -> list[tuple[bytes, int, int, int, int, bool, bool]]:
         """(object_id, handle, size, owner, creator, sealed, claimed) of all objects of the node."""
 
     def statistics(self) -> dict[str, int]:
-        """capacity_bytes, used_bytes, largest_free_bytes, objects, creating, doomed, pinned, frames."""
+        """capacity_bytes, used_bytes, largest_free_bytes, objects, creating, doomed, pinned, frames, spilled."""
 
     def trim(self) -> int:
         """Give the pages of free memory back to the system; bytes given back."""

@@ -209,11 +209,16 @@ def nodes() -> list[dict[str, Any]]:
             "DeathReason": 0 if node["alive"] else 1,
             "DeathReasonMessage": node["death"],
             "alive": node["alive"],
-            "Resources": _floats(node["total"]) if node["alive"] else {},
+            "Resources": _floats(_without_groups(node["total"])) if node["alive"] else {},
             "Labels": node["labels"],
         }
         for node in found
     ]
+
+
+def _without_groups(amounts: dict[str, int]) -> dict[str, int]:
+    """A node's own resources: those of placement groups are the same ones under other names."""
+    return {name: amount for name, amount in amounts.items() if "_group_" not in name}
 
 
 def cluster_resources() -> dict[str, float]:

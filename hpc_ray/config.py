@@ -31,8 +31,10 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     prestart_workers: int = -1  # -1: as many as CPUs, at most 8
     report_interval_s: float = 0.1  # resource reports to the GCS
     start_timeout_s: float = 60.0  # for nodes and workers to come up
+    max_lineage_bytes: int = 256 << 20  # of records in each process of how its large results were made
     log_to_driver: bool = True
     package_bytes: int = 512 << 20  # a folder of a runtime environment, packed
+    object_spilling_directory: str = ""  # node-local disk for objects that the store has no room for; "": the session's folder
     kill_on_exit_s: float = 2.0  # grace between an orderly end and SIGKILL
 
     @classmethod
@@ -49,10 +51,14 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
                 values[field.name] = text
         values.update(overrides or {})
         try:
-            return msgspec.convert(values, cls, strict=False)
+            settings = msgspec.convert(values, cls, strict=False)
         except msgspec.ValidationError as error:
             known = ", ".join(field.name for field in msgspec.structs.fields(cls))
             raise ConfigurationError(f"bad setting: {error}. The settings are: {known}") from None
+        folder = settings.object_spilling_directory
+        if folder and not os.path.isabs(folder):
+            raise ConfigurationError(f"object_spilling_directory must be an absolute path, as every node uses it; it is {folder!r}")
+        return settings
 
 
 class NodeConfig(msgspec.Struct, frozen=True, kw_only=True):
@@ -74,6 +80,14 @@ class NodeConfig(msgspec.Struct, frozen=True, kw_only=True):
     python_path: list[str] = []  # the driver's sys.path, for workers
     working_dir: str = ""
     journal: str = ""  # SQLite file of the GCS; "" = in memory
+
+    @property
+    def spill_dir(self) -> str:
+        """Folder of spilled objects, made when it is needed; the fork server removes it."""
+        base = self.settings.object_spilling_directory
+        if not base:
+            return f"{self.session_dir}/spilled"
+        return os.path.join(base, f"hpc_ray-{os.getuid()}", self.session, f"node-{self.node}")
 
     @property
     def socket_name(self) -> str:

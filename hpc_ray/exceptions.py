@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 import sys
-from typing import Any, cast
+from typing import Any, ClassVar, cast
 
 if sys.version_info < (3, 11):
 
@@ -337,17 +337,35 @@ class OwnerDiedError(ObjectLostError):
 
 
 class ObjectReconstructionFailedError(ObjectLostError):
-    """The object was lost and running its task again did not help."""
+    """All copies of the object are gone, and what made it cannot be done again; ``reason`` (a key of ``REASON_MESSAGES``) says
+    why, ``reason_message`` in words."""
 
-    _what = "It was lost and cannot be made again"
+    _what = "All copies of it have been lost, and it cannot be made again"
+    REASON_MESSAGES: ClassVar[dict[str, str]] = {
+        "OBJECT_UNRECONSTRUCTABLE_MAX_ATTEMPTS_EXCEEDED": "its task has no retries left; allow more with max_retries",
+        "OBJECT_UNRECONSTRUCTABLE_LINEAGE_EVICTED": "the record of how it was made was dropped, since such records had taken more "
+        "than max_lineage_bytes (a setting: HPC_RAY_MAX_LINEAGE_BYTES)",
+        "OBJECT_UNRECONSTRUCTABLE_PUT": "it was stored by put(), which cannot be repeated; a value that a task returns can",
+        "OBJECT_UNRECONSTRUCTABLE_RETRIES_DISABLED": "what made it must not be repeated (max_retries=0 for a task, "
+        "max_task_retries=0 for an actor)",
+        "OBJECT_UNRECONSTRUCTABLE_TASK_CANCELLED": "the task that would make it was cancelled",
+    }
 
+    def __init__(
+        self,
+        object_ref_hex: str = "",
+        reason: str | None = None,
+        reason_message: str | None = None,
+        owner_address: Any = None,
+        call_site: str = "",
+    ):
+        super().__init__(object_ref_hex, owner_address, call_site)
+        self.args = (object_ref_hex, reason, reason_message, owner_address, call_site)
+        self.reason = reason
+        self.reason_message = reason_message or self.REASON_MESSAGES.get(reason or "", "")
 
-class ObjectReconstructionFailedMaxAttemptsExceededError(ObjectReconstructionFailedError):
-    _what = "It was lost and the task that makes it has no retries left"
-
-
-class ObjectReconstructionFailedLineageEvictedError(ObjectReconstructionFailedError):
-    _what = "It was lost and the record of how it was made has been dropped"
+    def __str__(self) -> str:
+        return super().__str__() + (f" [{self.reason or 'UNKNOWN'}] {self.reason_message}." if self.reason_message else "")
 
 
 # ------------------------------------------------------------------ the machine failed

@@ -88,8 +88,15 @@ def _strategy(name: str, value: Any) -> None:
     if isinstance(value, str):
         if value not in ("DEFAULT", "SPREAD"):
             raise ValueError(f'{name} must be "DEFAULT", "SPREAD" or a strategy object, not {value!r}')
+    elif isinstance(value, PlacementGroupSchedulingStrategy):
+        _group("placement_group", value.placement_group)
     elif value is not None and not isinstance(value, kinds):
         raise TypeError(f'{name} must be "DEFAULT", "SPREAD" or a strategy object, not {type(value).__name__}')
+
+
+def _group(name: str, value: Any) -> None:
+    if value not in (None, "default"):
+        assert hasattr(type(value), "bundle_specs"), f"{name} must be a placement group, not a {type(value).__name__}"
 
 
 def _lifetime(name: str, value: Any) -> None:
@@ -124,6 +131,9 @@ _COMMON: dict[str, Check] = {
     "accelerator_type": _optional(_typed(str, "a str")),
     "runtime_env": _optional(_environment),
     "scheduling_strategy": _strategy,
+    "placement_group": _group,  # this and the next two: as they were written before there were strategies
+    "placement_group_bundle_index": _integer(-1),
+    "placement_group_capture_child_tasks": _optional(_typed(bool, "a bool")),
     "label_selector": _optional(_typed(dict, "a dict of labels")),
     "name": _optional(_name),
     "_metadata": _optional(_typed(dict, "a dict")),
@@ -160,23 +170,25 @@ METHOD_OPTIONS: dict[str, Check] = {
 }
 
 
-def _check(kind: str, table: dict[str, Check], options: dict[str, Any]) -> None:
+def _check(kind: str, table: dict[str, Check], options: dict[str, Any], unknown: type[Exception] = ValueError) -> None:
     for name, value in options.items():
         check = table.get(name)
         if check is None:
-            raise ValueError(f"Invalid option keyword {name} for {kind}. Valid ones are {sorted(n for n in table if n[0] != '_')}.")
+            raise unknown(f"Invalid option keyword {name} for {kind}. Valid ones are {sorted(n for n in table if n[0] != '_')}.")
         check(name, value)
 
 
 def check_task(options: dict[str, Any]) -> None:
     """Raises TypeError or ValueError for options that a remote function cannot have."""
     _check("remote functions", _TASK, options)
+    _check_group(options)
     _check_gpus(options)
 
 
 def check_actor(options: dict[str, Any]) -> None:
     """Raises TypeError or ValueError for options that an actor cannot have."""
     _check("actors", _ACTOR, options)
+    _check_group(options)
     _check_gpus(options)
     if options.get("get_if_exists") and not options.get("name"):
         raise ValueError("get_if_exists needs a name to look for: give the actor a name")
@@ -184,7 +196,15 @@ def check_actor(options: dict[str, Any]) -> None:
 
 def check_method(options: dict[str, Any]) -> None:
     """Raises TypeError or ValueError for options that an actor's method cannot have."""
-    _check("actor methods", METHOD_OPTIONS, options)
+    _check("actor methods", METHOD_OPTIONS, options, TypeError)
+
+
+def _check_group(options: dict[str, Any]) -> None:
+    if options.get("placement_group") in (None, "default"):
+        if options.get("placement_group_bundle_index", -1) != -1:
+            raise ValueError("If placement group is not set, the value of bundle index must be -1.")
+    elif options.get("scheduling_strategy") is not None:
+        raise ValueError("give the placement group with the scheduling_strategy, not besides it in the option placement_group")
 
 
 def _check_gpus(options: dict[str, Any]) -> None:
@@ -208,6 +228,10 @@ def amounts(options: dict[str, Any], default_cpus: float) -> Resources:
 
 def strategy_of(options: dict[str, Any]) -> tuple[Strategy, PlacementGroupSchedulingStrategy | None]:
     value = options.get("scheduling_strategy")
+    older = options.get("placement_group")
+    if older not in (None, "default"):
+        capture = options.get("placement_group_capture_child_tasks")
+        value = PlacementGroupSchedulingStrategy(older, options.get("placement_group_bundle_index", -1), capture)
     if isinstance(value, PlacementGroupSchedulingStrategy):
         return Strategy(), value
     if isinstance(value, NodeAffinitySchedulingStrategy):
@@ -245,16 +269,18 @@ def shape_of(resources: Resources, options: dict[str, Any], client: Client) -> S
     strategy, group = strategy_of(options)
     environment = options.get("runtime_env")
     text = packing.packed(environment, client, context.runtime_env)
-    if options.get("scheduling_strategy") is None:
+    if options.get("scheduling_strategy") is None and group is None and options.get("placement_group") != "default":
         parent = _captured()
         if parent is not None:  # its children stay in its placement group
             return Shape(in_bundle(resources, parent.group_id, -1), job_id, strategy, text, parent.group_id, -1, True)
-    if group is None or group.placement_group is None or group.placement_group.is_empty:
+    if group is None or group.placement_group in (None, "default") or group.placement_group.is_empty:
         return Shape(resources, job_id, strategy, text)
     placed = group.placement_group
     bundle = group.placement_group_bundle_index
     if not -1 <= bundle < placed.bundle_count:
-        raise ValueError(f"placement_group_bundle_index is {bundle}; the group has bundles 0 to {placed.bundle_count - 1}, or -1 for any")
+        raise ValueError(
+            f"placement group bundle index {bundle} is invalid. Valid placement group indexes: 0-{placed.bundle_count - 1}, or -1 for any"
+        )
     bundles = placed.bundle_specs if bundle < 0 else [placed.bundle_specs[bundle]]
     if not any(all(one.get(name, 0) * UNIT >= amount for name, amount in resources.items()) for one in bundles):
         wanted = {name: amount / UNIT for name, amount in resources.items()}

@@ -526,17 +526,19 @@ class TransferDone(Message, tag=44):
 
 
 class ArenaFullNotice(Message, tag=45):
-    """process → raylet: I need this many bytes and there is no room; spill or free. Answer: ArenaRoom."""
+    """process → raylet: I need this many bytes and there is no room; spill. Answer: ArenaRoom."""
 
     request_id: int
     size: int
 
 
 class ArenaRoom(Message, tag=46):
-    """raylet → process: try again; ``error`` says why it is hopeless."""
+    """raylet → process: try again, or, ``on_disk``, write a file; ``error``, of this class, says why it is hopeless."""
 
     request_id: int
     error: str = ""
+    error_kind: str = ""
+    on_disk: bool = False
 
 
 # ------------------------------------------------------------------ process ↔ GCS: actors, names, jobs, keys

@@ -36,7 +36,7 @@ def export(target: Any, name: str, what: str) -> Function:
     """
     try:
         blob = serialize.dumps(target)
-    except Exception as error:
+    except TypeError as error:
         where = serialize.explain(target, name)
         raise TypeError(
             f"Could not serialize the {what} {name}: {error}. The part at fault: {where}. "

@@ -18,7 +18,7 @@ import pickle
 import struct
 import threading
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import cloudpickle
@@ -92,17 +92,18 @@ class Serialized:
         if not self.buffers:
             return self.head
         out = bytearray(self.size)
-        self.write(lambda offset, data: out.__setitem__(slice(offset, offset + len(data)), data))
+        for offset, data in self.pieces():
+            out[offset : offset + len(data)] = data
         return bytes(out)
 
-    def write(self, write_at: Callable[[int, Any], None]) -> None:
-        """Calls ``write_at(offset, bytes-like)`` for each piece."""
-        write_at(0, self.head)
+    def pieces(self) -> Iterator[tuple[int, Any]]:
+        """(offset, bytes-like) of each piece, in order; what lies between them is padding."""
+        yield 0, self.head
         offset = len(self.head)
         for buffer in self.buffers:
             offset += -offset % ALIGNMENT
             if buffer.nbytes:
-                write_at(offset, buffer)
+                yield offset, buffer
             offset += buffer.nbytes
 
 

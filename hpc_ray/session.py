@@ -119,6 +119,8 @@ def init(
         runtime_env: of all tasks and actors that do not say another (see ``RuntimeEnv``). Local folders are sent to the nodes.
         job_config: a ``JobConfig``; ``runtime_env`` and ``namespace`` go before its own.
         num_nodes (keyword): this many virtual nodes, which share nothing but MPI; the amounts are each node's.
+        object_spilling_directory (keyword): a folder on a disk of each node, for objects that the store has no room for; default:
+            the session's folder, below ``SLURM_TMPDIR``, ``TMPDIR`` or /tmp.
         _system_config (keyword): settings by name, see ``config.Settings``.
         _memory (keyword): bytes that tasks and actors may ask for with their option ``memory``.
         The rest is Ray's and stands for what hpc_ray does not have; any other value than the default is refused.
@@ -140,7 +142,10 @@ def init(
                 "'ignore_reinit_error=True' or by calling 'hpc_ray.shutdown()' prior to 'hpc_ray.init()'."
             )
         num_nodes = kwargs.pop("num_nodes", None)
-        system = kwargs.pop("_system_config", None)
+        system = dict(kwargs.pop("_system_config", None) or {})
+        folder = kwargs.pop("object_spilling_directory", None)
+        if folder is not None:
+            system["object_spilling_directory"] = folder
         memory = kwargs.pop("_memory", None)
         kwargs.pop("_redis_password", None)  # libraries pass it on; there is no Redis that it could protect
         if kwargs:

@@ -95,9 +95,11 @@ from hpc_ray.raylet.events import (
     DeleteOwned,
     FindCopy,
     MarkDead,
+    ObjectsSpilled,
     Reclaim,
     Reclaimed,
     SealCopy,
+    SpillObjects,
 )
 from hpc_ray.raylet.state import WHOLE_NODE, RayletState
 
@@ -225,6 +227,7 @@ class Raylet(Role):
             DeleteObject: lambda action: self.arena.delete(action.handle),
             DeleteOwned: lambda action: self.arena.delete_owned(action.owner),
             AllocateCopy: self._allocate,
+            SpillObjects: self._spill,
             SealCopy: lambda action: self.arena.seal(action.handle),
             AbortCopy: lambda action: self.arena.delete(action.handle),
             FindCopy: lambda action: CopyFound(action.object_id, action.handle, self.arena.has(action.handle)),
@@ -234,7 +237,12 @@ class Raylet(Role):
         return self._performers[type(action)](action)
 
     def _allocate(self, action: AllocateCopy) -> CopyAllocated:
-        return CopyAllocated(action.transfer_id, self.arena.create(action.object_id, action.size))
+        return CopyAllocated(action.transfer_id, self.arena.create(action.object_id, action.size, on_disk=action.on_disk))
+
+    def _spill(self, action: SpillObjects) -> None:
+        freed = self.arena.spill(action.total)
+        done = ObjectsSpilled(freed, self.arena.capacity - self.arena.used)
+        self.simulator.after(freed / self.simulator.costs.bytes_per_s, lambda: self.simulator.post(0, self.address, done))
 
     # -- the fork server
 
@@ -268,15 +276,28 @@ class Arena:
         self.capacity = capacity
         self.used = 0
         self.objects: dict[int, tuple[bytes, int, bool]] = {}
+        self.spilled: set[int] = set()
         self._handles = itertools.count(1)
 
-    def create(self, object_id: bytes, size: int, sealed: bool = False) -> int:
-        if self.used + size > self.capacity:
+    def create(self, object_id: bytes, size: int, sealed: bool = False, *, on_disk: bool = False) -> int:
+        if not on_disk and self.used + size > self.capacity:
             return 0
         handle = next(self._handles)
         self.objects[handle] = (object_id, size, sealed)
-        self.used += size
+        if on_disk:
+            self.spilled.add(handle)
+        else:
+            self.used += size
         return handle
+
+    def spill(self, total: int) -> int:
+        freed = 0
+        for handle, (_, size, sealed) in self.objects.items():
+            if sealed and handle not in self.spilled and freed < total:
+                self.spilled.add(handle)
+                freed += size
+        self.used -= freed
+        return freed
 
     def seal(self, handle: int) -> None:
         object_id, size, _ = self.objects[handle]
@@ -287,8 +308,9 @@ class Arena:
 
     def delete(self, handle: int) -> None:
         found = self.objects.pop(handle, None)
-        if found is not None:
+        if found is not None and handle not in self.spilled:
             self.used -= found[1]
+        self.spilled.discard(handle)
 
     def delete_owned(self, owner: int) -> None:
         whole = owner & WHOLE_NODE == WHOLE_NODE

@@ -518,7 +518,7 @@ class ForkServer:
             client.kind = int(note.get("kind", ProcessKind.DRIVER))
         elif "remove" in note:  # the link: what MPI has put into shared memory
             self._files = [str(path) for path in note["remove"]]
-            session.note_leader(self.lock, os.getpid(), self._files)
+            session.note_leader(self.lock, os.getpid(), self._files, self.config.spill_dir)
         elif "stop" in note:
             self.end(str(note["stop"]))
 
@@ -597,6 +597,7 @@ class ForkServer:
         if self._code == 0:
             self._notify({"ended": self._reason})
         session.remove_files(self._files)
+        session.remove_dir(self.config.spill_dir)
         session.remove_dir(self.config.session_dir)
         os.close(self.lock)
 

@@ -47,6 +47,7 @@ from hpc_ray.protocol import (
     decode,
     encode,
 )
+from hpc_ray.spilling import ObjectFiles
 from hpc_ray.transport import PeerLost, TransferEnded
 
 SPIN_S = 50e-6
@@ -426,7 +427,7 @@ class Link:
         self.address = address_of(self.node, LINK_LANE)
         self.attachment: Attachment | None = None
         self.lane: Any = None
-        self.store: Any = None
+        self.files: ObjectFiles | None = None
         self.transport = MPITransport(communicator, list(range(len(rank.leaders))), self, self.on_message)
         self.stopping = False
         self.node_alive = False
@@ -445,7 +446,7 @@ class Link:
         """Our node is up: from here on its messages are ours to carry."""
         self.attachment = attachment
         self.lane = attachment.lane
-        self.store = _core.Store(attachment.segment, attachment.lane)
+        self.files = ObjectFiles(_core.Store(attachment.segment, attachment.lane), attachment.config.spill_dir)
         self.node_alive = True
         channel.send_note(attachment.connection, {"remove": shared_files(self.rank.place.rank, everything=self.node == 0)})
         attachment.connection.setblocking(False)
@@ -454,10 +455,11 @@ class Link:
 
     def get(self, handle: int) -> Any:
         """The arena, as the transport needs it (``transport.Objects``)."""
-        return self.store.get(handle) if self.store is not None else None
+        return self.files.read(handle) if self.files is not None else None
 
     def write_buffer(self, handle: int) -> Any:
-        return self.store.write_buffer(handle)
+        assert self.files is not None  # the transfer is our own raylet's wish
+        return self.files.write_buffer(handle)
 
     # -- the loop
 

@@ -48,7 +48,7 @@ def main(arguments: list[str]) -> int:
     lock = descriptors[0]
     config = decode_config(note["config"])
     try:
-        session.note_leader(lock, os.getpid())
+        session.note_leader(lock, os.getpid(), folder=config.spill_dir)
         os.environ[session.SESSION_VARIABLE] = config.session
         os.environ[session.NODE_VARIABLE] = str(config.node)
         os.environ.update(config.environment)

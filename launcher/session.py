@@ -133,6 +133,8 @@ def sweep() -> list[str]:
                     note = {}
                 kill_leftovers(session, node.removeprefix("node-"), int(note.get("pid", 0)))
                 remove_files(note.get("files", ()))
+                if note.get("folder"):
+                    remove_dir(note["folder"])
                 remove_dir(path)
                 removed.append(session)
         try:
@@ -167,9 +169,10 @@ def _is_stale(path: str) -> bool:
         os.close(lock)
 
 
-def note_leader(lock: int, pid: int, files: Iterable[str] = ()) -> None:
-    """Writes into the lock file who leads the node, and which files outside of its folder go with it; for ``sweep``."""
-    text = json.dumps({"pid": pid, "start": process_start(pid), "files": list(files)}).encode()
+def note_leader(lock: int, pid: int, files: Iterable[str] = (), folder: str = "") -> None:
+    """Writes into the lock file who leads the node, and what outside of its folder goes with it: files in shared memory, and the
+    folder of spilled objects. For ``sweep``."""
+    text = json.dumps({"pid": pid, "start": process_start(pid), "files": list(files), "folder": folder}).encode()
     os.pwrite(lock, text, 0)
     os.ftruncate(lock, len(text))
 

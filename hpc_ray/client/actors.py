@@ -22,7 +22,6 @@ from hpc_ray.client.refs import ObjectRef
 from hpc_ray.client.tasks import CallPacker, Task, Template
 from hpc_ray.exceptions import (
     ActorDiedError,
-    ActorPlacementGroupRemoved,
     ActorUnavailableError,
     ActorUnschedulableError,
     PendingCallsLimitExceeded,
@@ -60,8 +59,6 @@ def death_error(actor_id: bytes, class_name: str, cause: DeathCause | None, info
         return ActorDiedError(identity, "The actor died.")
     if cause.kind == "RUNTIME_ENV":
         return RuntimeEnvSetupError(cause.text)
-    if cause.kind == "GROUP_REMOVED":
-        return ActorPlacementGroupRemoved()
     if cause.kind == "UNSCHEDULABLE":
         return ActorUnschedulableError(cause.text)
     if cause.kind == "INIT_FAILED":
@@ -72,7 +69,7 @@ def death_error(actor_id: bytes, class_name: str, cause: DeathCause | None, info
         return error
     lines = [
         "The actor died unexpectedly before finishing this task."
-        if cause.kind in ("CRASHED", "NODE_DIED", "OOM")
+        if cause.kind in ("CRASHED", "NODE_DIED", "OOM", "GROUP_REMOVED")
         else "The actor is dead.",
         f"\tclass_name: {class_name}",
         f"\tactor_id: {identity}",
@@ -210,11 +207,7 @@ class ActorSubmitter:
         self.packer.pack(task, args, kwargs)
         with client.lock:
             made = self.packer.make_returns(task)
-            task.lane = link
-            self.calls[task.id] = task
-            link.pending += 1
-            if link.pending == 1 and link.scope is not None:
-                link.scope.count += 1
+            self.admit(link, task)
             ready = not task.dependencies or self.packer.wait_for_dependencies(task, self.on_dependencies)
             if link.state == ActorState.ALIVE and ready and not link.queue:
                 self.push(link, task)
@@ -226,6 +219,14 @@ class ActorSubmitter:
                 if link.out_of_order:
                     self.flush(link)
         return made
+
+    def admit(self, link: ActorLink, task: Task) -> None:
+        """The call is one of the actor's until ``end``."""
+        task.lane = link
+        self.calls[task.id] = task
+        link.pending += 1
+        if link.pending == 1 and link.scope is not None:
+            link.scope.count += 1
 
     def on_dependencies(self, task: Task) -> None:
         self.flush(task.lane)
@@ -295,9 +296,22 @@ class ActorSubmitter:
         task.attempt += 1
         link.queue.append(task)
 
-    def run_again(self, task: Task, entry: Entry) -> bool:
-        """A lost result of an actor is not made again: the actor's state has moved on."""
-        return False
+    def is_under_way(self, task: Task) -> bool:
+        return task.id in self.calls
+
+    def start_again(self, task: Task) -> None:
+        """A finished call with retries, whose arguments are held and whose lost results are PENDING: it is made once more, by the
+        actor as it is now or will be when it has been restarted."""
+        link = task.lane
+        self.admit(link, task)
+        if link.state == ActorState.DEAD:
+            self.end(task)
+            self.packer.fail(task, death_error(link.id, link.class_name, link.cause, link.info))
+            return
+        self.again(link, task)
+        ready = self.packer.wait_for_dependencies(task, self.on_dependencies)
+        if ready and node_of(link.address) not in self.client.dead_nodes:  # else it goes with the news of the restart
+            self.flush(link)
 
     # -------------------------------------------------------------- what becomes of actors
 

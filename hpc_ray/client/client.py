@@ -29,7 +29,7 @@ from hpc_ray.client.objects import ARENA, ERROR, FREED, INLINE, READY, Entry, Ob
 from hpc_ray.client.refs import ObjectRef
 from hpc_ray.client.tasks import CallPacker, Function, TaskSubmitter
 from hpc_ray.config import NodeConfig
-from hpc_ray.exceptions import GetTimeoutError, LocalRayletDiedError, ObjectStoreFullError, RayError, RayTaskError
+from hpc_ray.exceptions import GetTimeoutError, LocalRayletDiedError, ObjectStoreFullError, RayError, RaySystemError, RayTaskError
 from hpc_ray.ids import RAYLET_LANE, IdMinter, lane_of, node_of, raylet_address
 from hpc_ray.protocol import (
     ActorCreated,
@@ -53,8 +53,10 @@ from hpc_ray.protocol import (
     decode,
     encode,
 )
+from hpc_ray.spilling import ObjectFiles
 
 TICK_S = 0.02
+ROOM_TRIES = 5  # others may take the room that was made; then the object goes to a file
 
 
 class Waiter:
@@ -132,6 +134,7 @@ class Client:
         self.segment = segment
         self.lane = lane
         self.store = Store(segment, lane)
+        self.files = ObjectFiles(self.store, config.spill_dir)
         self.config = config
         self.settings = config.settings
         self.kind = kind
@@ -547,11 +550,11 @@ class Client:
     # -------------------------------------------------------------- objects
 
     def put(self, value: Any) -> ObjectRef:
-        """Store a value; its reference. Raises what ``serialize`` raises, and ObjectStoreFullError."""
+        """Store a value; its reference. Raises what ``serialize`` raises, and ``store_value``."""
         self.work_off_released()
         try:
             serialized = serialize.serialize(value)
-        except Exception as error:
+        except TypeError as error:
             where = serialize.explain(value, "value")
             raise TypeError(f"Could not serialize the value: {error}. The part at fault: {where}") from error
         entry = self.objects.put(serialized, [reference._entry for reference in serialized.contained])
@@ -561,35 +564,46 @@ class Client:
         """Put bytes where they belong by their size: into a message, or into the arena.
 
         Raises:
-            ObjectStoreFullError: the arena has no room for it.
+            ObjectStoreFullError, OutOfDiskError: neither the arena nor the disk has room for it.
         """
         if serialized.size <= self.settings.inline_bytes:
             return Result(INLINE, serialized.to_bytes(), size=serialized.size)
-        handle = self._create(object_id, serialized.size, owner)
         store = self.store
+        handle = self._create(object_id, serialized.size, owner)
+        on_disk = handle is None
+        if handle is None:
+            handle = self._create_on_disk(object_id, serialized.size, owner)
         try:
-            serialized.write(lambda offset, data: store.write(handle, offset, data))
+            if on_disk:
+                self.files.write(handle, serialized.size, serialized.pieces())
+            else:
+                for offset, data in serialized.pieces():
+                    store.write(handle, offset, data)
         except BaseException:
             store.abort(handle)
             raise
         store.seal(handle)
         return Result(ARENA, b"", self.node, handle, serialized.size)
 
-    def _create(self, object_id: bytes, size: int, owner: int) -> int:
-        try:
-            return self.store.create(object_id, size, owner)
-        except ArenaFull as error:
-            if size > self.config.arena_bytes:
-                raise ObjectStoreFullError(f"an object of {size} bytes can never be stored here: {error}") from None
-        for _ in range(10):
-            self.work_off_released()
-            answer = self.request(self.raylet, lambda request_id: ArenaFullNotice(request_id, size))
+    def _create(self, object_id: bytes, size: int, owner: int) -> int | None:
+        """Room in the arena, after a wait for the raylet to make some if need be; None if the object shall go to a file."""
+        for _ in range(ROOM_TRIES):
             try:
                 return self.store.create(object_id, size, owner)
-            except ArenaFull as error:
-                if answer.error:
-                    raise ObjectStoreFullError(f"{answer.error} ({error})") from None
-        raise ObjectStoreFullError(f"no room for an object of {size} bytes in the object store of node {self.node}")
+            except ArenaFull:
+                self.work_off_released()
+            answer = self.request(self.raylet, lambda request_id: ArenaFullNotice(request_id, size))
+            if answer.error:
+                raise _error_class(answer.error_kind)(answer.error)
+            if answer.on_disk:
+                break
+        return None
+
+    def _create_on_disk(self, object_id: bytes, size: int, owner: int) -> int:
+        try:
+            return self.store.create_on_disk(object_id, size, owner)
+        except ArenaFull as error:
+            raise ObjectStoreFullError(f"The object store of node {self.node} has more objects than it can count: {error}") from None
 
     def get_one(self, reference: ObjectRef, timeout_s: float | None = None) -> Any:
         """The value of a reference; raises its error. Blocks."""
@@ -704,14 +718,13 @@ class Client:
         assert result is not None
         if result.kind == ARENA:
             handle = self.objects.local_handle(entry)
-            pin = None if handle is None else self.store.get(handle)
-            if pin is None:
+            data: Any = None if handle is None else self.files.read(handle)
+            if data is None:
                 with self.lock:
                     if entry.state == READY:
                         self.objects.lost_at(entry, self.node)
                 self.make_available([entry], None)
                 return self.load(entry)
-            data: Any = pin
         else:
             data = result.payload
         value, loans = self.load_with_loans(data)
@@ -723,11 +736,17 @@ class Client:
         return value
 
     def load_with_loans(self, data: Any) -> tuple[Any, list[Entry]]:
-        """A value, and the borrowed references met in it for which this process is not registered yet."""
+        """A value, and the borrowed references met in it for which this process is not registered yet.
+
+        Raises:
+            RaySystemError: it cannot be made here, for instance because a module is missing.
+        """
         outer = self._loading.loans
         loans = self._loading.loans = []
         try:
             return serialize.deserialize(data), loans
+        except Exception as error:
+            raise RaySystemError(str(error), traceback.format_exc()) from error
         finally:
             self._loading.loans = outer
 

@@ -9,6 +9,8 @@ keeps it alive. Before the loan ends (the task's reply, the end of ``get``) the 
 registered as a borrower, acknowledged by the owner.
 OBJ-3 (additions commute): the owner adds up AddBorrower and RemoveBorrower per borrower in any order; a borrower whose
 sum is zero is gone.
+OBJ-5 (lineage): a finished task is remembered as long as one of its results may be lost, or is an argument of such a task; an
+argument keeps its entry for that, freed as it is (``Entry.lineage``). When the last of them goes, all that hangs on it goes.
 OBJ-4 (always answered): whoever waits for an object is answered by its value, its error, or the death of its owner.
 """
 
@@ -19,8 +21,8 @@ from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
 from hpc_ray.client.refs import ObjectRef
-from hpc_ray.exceptions import ObjectFreedError, ObjectLostError, OwnerDiedError
-from hpc_ray.ids import node_of, owner_of, raylet_address
+from hpc_ray.exceptions import ObjectFreedError, ObjectLostError, ObjectReconstructionFailedError, OwnerDiedError
+from hpc_ray.ids import PUT_INDEX, index_of, node_of, owner_of, raylet_address
 from hpc_ray.protocol import (
     AddBorrower,
     AddPlace,
@@ -66,6 +68,7 @@ class Entry:
         "contained",
         "count",
         "id",
+        "lineage",
         "on_free",
         "owned",
         "places",
@@ -87,7 +90,8 @@ class Entry:
         self.borrowers: dict[int, int] | None = None  # owned: address → additions less removals
         self.added = 0  # borrowed: additions made in this process's name
         self.contained: list[Entry] | None = None  # held as long as this entry is
-        self.task: Any = None  # owned: what makes it (pending), or could make it again (lineage)
+        self.task: Any = None  # owned: what makes it (pending), or could make it again (OBJ-5)
+        self.lineage = 0  # owned: finished tasks that may run again, and then need it
         self.on_free: Callable[[], None] | None = None  # owned: called when the last hold is gone
         self.pulling = False  # the raylet was asked for a copy here
 
@@ -254,10 +258,10 @@ class ObjectTable:
         del self.entries[entry.id]
         entry.state = FREED
         self.delete_copies(entry)
-        entry.result = None
-        task, entry.task = entry.task, None
-        if task is not None:
-            task.forget_lineage()
+        if not (entry.lineage and entry.result is not None and entry.result.kind == INLINE and not entry.result.contained):
+            entry.result = None  # else it is small, and an argument
+        if entry.task is not None and entry.lineage == 0:
+            entry.task.result_gone(entry)
         if entry.on_free is not None:
             entry.on_free()
 
@@ -270,7 +274,7 @@ class ObjectTable:
     def delete_copy(self, node: int, handle: int, brought: bool = False) -> None:
         """``brought``: the node's raylet has fetched it from elsewhere, and keeps a record of it."""
         if node == node_of(self.client.address) and not brought:
-            self.client.store.delete(handle)
+            self.client.files.delete(handle)
         else:
             self.client.send(raylet_address(node), DeleteCopies([handle]))
 
@@ -451,8 +455,19 @@ class ObjectTable:
         """All copies of an owned object are gone: run its task again, or say that it is lost."""
         entry.state = PENDING
         task = entry.task
-        if task is None or not task.run_again(entry):
-            self.set_error(entry, ObjectLostError(entry.id.hex(), owner_of(entry.id)))
+        reason = task.run_again() if task is not None else self.why_no_task(entry)
+        if reason:
+            self.set_error(entry, ObjectReconstructionFailedError(entry.id.hex(), reason, owner_address=owner_of(entry.id)))
+
+    def why_no_task(self, entry: Entry) -> str:
+        """Why nothing is remembered that could make this object again."""
+        made_by_put = index_of(entry.id) & PUT_INDEX
+        return f"OBJECT_UNRECONSTRUCTABLE_{'PUT' if made_by_put else 'LINEAGE_EVICTED'}"
+
+    def revive(self, entry: Entry) -> None:
+        """A freed object is wanted again, as an argument of a task that is going to run again (OBJ-5)."""
+        self.entries[entry.id] = entry
+        entry.state = PENDING if entry.result is None else READY
 
     def on_object_lost_at(self, source: int, message: ObjectLostAt) -> None:
         entry = self.entries.get(message.object_id)

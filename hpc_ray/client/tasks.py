@@ -122,6 +122,7 @@ class Task:
         "id",
         "lane",
         "parent",
+        "record_bytes",
         "retries_left",
         "returns",
         "stream",
@@ -143,6 +144,7 @@ class Task:
         self.unresolved = 0
         self.lane: Any = None  # the Lease or ActorLink that has it, while it is sent
         self.cancelled = False
+        self.record_bytes = 0  # once it is finished and remembered
         self.stream: Stream | None = None
         parent = context.task.get()
         self.parent = None if parent is None else parent.task_id  # the task that made this call
@@ -152,11 +154,33 @@ class Task:
         """The address of the process that has it."""
         return self.lane.worker
 
-    def run_again(self, entry: Entry) -> bool:
-        return self.submitter.run_again(self, entry)
+    @property
+    def may_repeat(self) -> bool:
+        """Whether a result that is lost may be made again."""
+        return self.template.max_retries != 0
 
-    def forget_lineage(self) -> None:
-        """An output is freed; kept reachable through outputs that still need it, so nothing to do."""
+    def run_again(self) -> str:
+        """Make a lost result once more; the reason if that is impossible, "" if it is under way."""
+        packer: CallPacker = self.submitter.packer
+        return packer.run_again(self)
+
+    def result_gone(self, entry: Entry) -> None:
+        """Nobody will want this result again. When that was the last one, neither will anybody want this task's arguments."""
+        gone = [entry]
+        while gone:
+            entry = gone.pop()
+            task, entry.task = entry.task, None
+            if any(other.task is task for other in task.returns):
+                continue
+            task.submitter.packer.forget(task)
+            for _, argument in task.dependencies:
+                argument.lineage -= 1
+                if argument.lineage == 0 and argument.state == FREED and argument.task is not None:
+                    gone.append(argument)
+            task.dependencies = []
+
+
+TASK_BYTES = 1500  # that a remembered task takes besides its arguments, about
 
 
 class CallPacker:
@@ -165,12 +189,14 @@ class CallPacker:
     def __init__(self, client: Client):
         self.client = client
         self.objects = client.objects
+        self.lineage: dict[bytes, Task] = {}  # finished tasks that are remembered, oldest first (OBJ-5)
+        self.lineage_bytes = 0
 
     def pack(self, task: Task, args: tuple, kwargs: dict) -> None:
         """Pack the arguments and take the holds. Takes the client's lock.
 
         Raises:
-            TypeError: an argument cannot be pickled.
+            TypeError: an argument cannot be pickled; what else its pickling raises is raised as it is.
         """
         dependencies = task.dependencies
         for i, value in enumerate(args):
@@ -188,7 +214,7 @@ class CallPacker:
                     kwargs = {**kwargs, name: None}
         try:
             serialized = serialize_arguments((args, kwargs))
-        except Exception as error:
+        except TypeError as error:
             where = explain_arguments(args, kwargs)
             name = task.template.name
             raise TypeError(f"Could not serialize the arguments of {name}: {error}. The part at fault: {where}") from error
@@ -263,25 +289,84 @@ class CallPacker:
     def finish(self, task: Task, results: list[Result]) -> None:
         """Hand out the results and let go of the arguments (TASK-3)."""
         objects = self.objects
-        keep = False
         if task.stream is not None:
             task.stream.end(results[0] if results else None)
             results = [task.stream.collect()] if task.returns else []
+        arguments, contained, task.contained = task.dependencies, task.contained, []
+        if task.may_repeat and any(result.kind == ARENA for result in results):
+            self.remember(task)
+        else:
+            task.dependencies = []
+            task.arguments = b""
         for entry, result in zip(task.returns, results, strict=True):
-            if result.kind == ARENA:
-                keep = True  # may be lost, and then made again
-            else:
-                entry.task = None
             if entry.state < READY:
                 objects.receive_result(entry, result)
-        if task.dependencies or task.contained:
-            for _, entry in task.dependencies:
-                objects.release(entry)
-            for entry in task.contained:
-                objects.release(entry)
-            if not keep:
-                task.dependencies = []
-            task.contained = []
+            else:  # made once more along with one that was lost
+                objects.discard(result)
+        for entry, result in zip(task.returns, results, strict=True):
+            if result.kind != ARENA and entry.task is task:  # it cannot be lost
+                task.result_gone(entry)
+        for _, entry in arguments:
+            objects.release(entry)
+        for entry in contained:
+            objects.release(entry)
+
+    def remember(self, task: Task) -> None:
+        """Keep a finished task, and drop the oldest ones when that takes too much memory (OBJ-5)."""
+        small = 0
+        for _, entry in task.dependencies:
+            entry.lineage += 1
+            if entry.result is not None:
+                small += len(entry.result.payload)
+        task.record_bytes = TASK_BYTES + len(task.arguments) + small
+        self.lineage[task.id] = task
+        self.lineage_bytes += task.record_bytes
+        while self.lineage_bytes > self.client.settings.max_lineage_bytes:
+            oldest = next(iter(self.lineage.values()))
+            for entry in oldest.returns:
+                if entry.task is oldest:
+                    oldest.result_gone(entry)
+
+    def run_again(self, task: Task) -> str:
+        """Make the lost results of a finished task once more, and what it needs for that; why not, or ""."""
+        plan: list[Task] = []
+        seen = {task.id}
+        look = [task]
+        while look:
+            one = look.pop()
+            if one.submitter.is_under_way(one):
+                continue  # under way for another of its results
+            if not one.may_repeat:
+                return "OBJECT_UNRECONSTRUCTABLE_RETRIES_DISABLED"
+            if one.retries_left == 0:
+                return "OBJECT_UNRECONSTRUCTABLE_MAX_ATTEMPTS_EXCEEDED"
+            if one.cancelled:
+                return "OBJECT_UNRECONSTRUCTABLE_TASK_CANCELLED"
+            plan.append(one)
+            for _, argument in one.dependencies:
+                if argument.state == FREED and argument.result is None:
+                    if argument.task is None:
+                        return self.objects.why_no_task(argument)
+                    if argument.task.id not in seen:
+                        seen.add(argument.task.id)
+                        look.append(argument.task)
+        for one in plan:
+            self.forget(one)
+            for _, argument in one.dependencies:
+                if argument.state == FREED:
+                    self.objects.revive(argument)
+                argument.count += 1
+                argument.lineage -= 1
+            for result in one.returns:
+                if result.state == READY and result.result is not None and result.result.kind == ARENA and not result.places:
+                    result.state = State.PENDING
+        for one in plan:
+            one.submitter.start_again(one)
+        return ""
+
+    def forget(self, task: Task) -> None:
+        if self.lineage.pop(task.id, None) is not None:
+            self.lineage_bytes -= task.record_bytes
 
     def fail(self, task: Task, error: BaseException | Result) -> None:
         result = error if isinstance(error, Result) else Result(ERROR, dumps(error))
@@ -604,20 +689,13 @@ class TaskSubmitter:
         if self.packer.wait_for_dependencies(task, self.ready):
             self.ready(task)
 
-    def run_again(self, task: Task, entry: Entry) -> bool:
-        """Make a lost result once more; False if that is impossible."""
-        if task.id in self.tasks:
-            return True  # under way for another of its results
-        if task.retries_left == 0 or any(e.state == FREED for _, e in task.dependencies):
-            return False
-        for other in task.returns:
-            if other.state == READY and other.result is not None and other.result.kind == ARENA and not other.places:
-                other.state = State.PENDING
-        for _, dependency in task.dependencies:
-            dependency.count += 1
+    def is_under_way(self, task: Task) -> bool:
+        return task.id in self.tasks
+
+    def start_again(self, task: Task) -> None:
+        """A finished task, whose arguments are held and whose lost results are PENDING."""
         self.tasks[task.id] = task
         self.retry(task)
-        return True
 
     # -------------------------------------------------------------- messages
 

@@ -13,7 +13,8 @@ from hpc_ray.session import ensure_connected
 
 def get_object_locations(obj_refs: list[ObjectRef], timeout_ms: int = -1) -> dict[ObjectRef, dict[str, Any]]:
     """For each object ``node_ids`` (hexadecimal; none for a small value, which its owner keeps), ``object_size`` in bytes and
-    ``did_spill``. Objects that are being made are waited for, ``timeout_ms`` at most (-1: as long as it takes). Blocks.
+    ``did_spill`` (this node's copy is on the disk). Objects that are being made are waited for, ``timeout_ms`` at most (-1: as long
+    as it takes). Blocks.
     """
     if obj_refs:
         timeout = None if timeout_ms < 0 else timeout_ms / 1000
@@ -35,4 +36,5 @@ def _location(client: Client, reference: ObjectRef, nodes: dict[int, str]) -> di
     if result is None:
         return None
     node_ids = [nodes[node] for node, _ in places if node in nodes]
-    return {"node_ids": node_ids, "object_size": result.size or len(result.payload), "did_spill": False}
+    spilled = any(client.files.on_disk(handle) for node, handle in places if node == client.node)
+    return {"node_ids": node_ids, "object_size": result.size or len(result.payload), "did_spill": spilled}

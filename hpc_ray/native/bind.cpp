@@ -11,8 +11,10 @@
 #include <nanobind/stl/vector.h>
 
 #include <cmath>
+#include <system_error>
 
 #include "lane.h"
+#include "mapped_file.h"
 #include "process.h"
 #include "reclaim.h"
 
@@ -230,6 +232,14 @@ int write_getbuffer(PyObject* self, Py_buffer* view, int flags) {
     return PyBuffer_FillInfo(view, self, buffer->data, Py_ssize_t(buffer->size), 0, flags);
 }
 
+int mapped_getbuffer(PyObject* self, Py_buffer* view, int flags) {
+    MappedFile* file = nb::inst_ptr<MappedFile>(self);
+    static char nothing;
+    return PyBuffer_FillInfo(view, self, file->data() ? file->data() : &nothing, Py_ssize_t(file->size()), !file->writable(),
+                             flags);
+}
+
+PyType_Slot mapped_slots[] = {{Py_bf_getbuffer, reinterpret_cast<void*>(mapped_getbuffer)}, {0, nullptr}};
 PyType_Slot pin_slots[] = {{Py_bf_getbuffer, reinterpret_cast<void*>(pin_getbuffer)}, {0, nullptr}};
 PyType_Slot write_slots[] = {{Py_bf_getbuffer, reinterpret_cast<void*>(write_getbuffer)}, {0, nullptr}};
 
@@ -260,6 +270,9 @@ NB_MODULE(_core, m) {
             std::rethrow_exception(p);
         } catch (const ArenaFull& e) {
             raise_arena_full(e);
+        } catch (const std::system_error& e) {
+            errno = e.code().value();
+            PyErr_SetFromErrno(PyExc_OSError);
         }
     });
 
@@ -291,7 +304,7 @@ NB_MODULE(_core, m) {
         .def_static("attach", &Segment::attach, nb::arg("fd"))
         .def_prop_ro("fd", &Segment::fd)
         .def_prop_ro("node", &Segment::node)
-        .def_prop_ro("arena_bytes", [](Segment& s) { return s.header().heap_bytes; })
+        .def_prop_ro("arena_bytes", [](Segment& s) { return s.header().object_bytes; })
         .def_prop_ro("max_lanes", [](Segment& s) { return s.header().max_lanes; })
         .def_prop_ro("ring_bytes", [](Segment& s) { return s.header().ring_bytes; })
         .def(
@@ -424,6 +437,16 @@ NB_MODULE(_core, m) {
     nb::class_<WriteBuffer>(m, "WriteBuffer", nb::type_slots(write_slots))
         .def("__len__", [](const WriteBuffer& buffer) { return buffer.size; });
 
+    nb::class_<MappedFile>(m, "MappedFile", nb::type_slots(mapped_slots))
+        .def(
+            "__init__",
+            [](MappedFile* self, const std::string& path, bool writable) {
+                nb::gil_scoped_release released;
+                new (self) MappedFile(path, writable);
+            },
+            nb::arg("path"), nb::kw_only(), nb::arg("writable") = false)
+        .def("__len__", [](const MappedFile& file) { return file.size(); });
+
     nb::class_<StoreView>(m, "Store")
         .def(
             "__init__",
@@ -439,6 +462,14 @@ NB_MODULE(_core, m) {
                 if (object_id.size() != kObjectIdBytes)
                     throw std::invalid_argument("an object id has 28 bytes, not " + std::to_string(object_id.size()));
                 return s->create(object_id.c_str(), size, owner);
+            },
+            nb::arg("object_id"), nb::arg("size"), nb::arg("owner"))
+        .def(
+            "create_on_disk",
+            [](StoreView& s, nb::bytes object_id, u64 size, u64 owner) {
+                if (object_id.size() != kObjectIdBytes)
+                    throw std::invalid_argument("an object id has 28 bytes, not " + std::to_string(object_id.size()));
+                return s->create_on_disk(object_id.c_str(), size, owner);
             },
             nb::arg("object_id"), nb::arg("size"), nb::arg("owner"))
         .def(
@@ -476,14 +507,27 @@ NB_MODULE(_core, m) {
                 return nb::cast(new Pin(s.lane, handle, data, size), nb::rv_policy::take_ownership);
             },
             nb::arg("handle"), nb::sig("def get(self, handle: int) -> Pin | None"))
-        .def("delete", [](StoreView& s, u64 handle) { return s->remove(handle); }, nb::arg("handle"))
+        .def("delete", [](StoreView& s, u64 handle) { return u32(s->remove(handle)); }, nb::arg("handle"))
+        .def("spill", [](StoreView& s, u64 handle) { return s->spill(handle); }, nb::arg("handle"))
+        .def("victims",
+             [](StoreView& s) {
+                 nb::list result;
+                 for (const Victim& v : s->victims()) result.append(nb::make_tuple(v.handle, v.size));
+                 return result;
+             })
+        .def("room",
+             [](StoreView& s) {
+                 u64 free, largest;
+                 s->room(free, largest);
+                 return nb::make_tuple(free, largest);
+             })
         .def("claim", [](StoreView& s, u64 handle) { return s->claim(handle); }, nb::arg("handle"))
         .def(
             "info",
             [](StoreView& s, u64 handle) -> nb::object {
                 auto r = s->info(handle);
                 if (!r) return nb::none();
-                return nb::make_tuple(nb::bytes(r->id, kObjectIdBytes), r->size, r->owner, r->sealed);
+                return nb::make_tuple(nb::bytes(r->id, kObjectIdBytes), r->size, r->owner, r->sealed, r->on_disk);
             },
             nb::arg("handle"))
         .def("list_objects",
@@ -504,6 +548,7 @@ NB_MODULE(_core, m) {
                  d["doomed"] = t.doomed;
                  d["pinned"] = t.pinned;
                  d["frames"] = t.frames;
+                 d["spilled"] = t.spilled;
                  return d;
              })
         .def("trim", [](StoreView& s) {

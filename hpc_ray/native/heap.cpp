@@ -190,6 +190,11 @@ void heap_repair(Segment& segment) {
         if (slot_state(word) == kSlotDoomed && !slot_pinned(slot)) {
             word = slot_word(kSlotFree, slot_generation(word));
             slot.word.store(word);
+        } else if (slot_state(word) == kSlotSpilled && slot.offset.load() != 0) {  // STORE-5, half way
+            if (slot_pinned(slot))
+                slot.word.store(slot_word(kSlotSealed, slot_generation(word)));
+            else
+                slot.offset.store(0);
         }
         if (slot_state(word) == kSlotFree) {
             slot.next_free = h.free_slot;
@@ -266,11 +271,16 @@ void heap_validate(Segment& segment, std::vector<std::string>& problems) {
         }
     if (listed != free_blocks) problems.push_back("HEAP-3: free lists and heap differ");
     if (used != h.heap_used.load()) problems.push_back("heap_used is wrong");
-    u32 slots = 0;
-    for (u32 i = 0; i < segment.slots_high(); i++) slots += slot_state(segment.slot(i).word.load()) != kSlotFree;
-    if (slots != h.slots_used.load() || slots != used_blocks)
+    u32 slots = 0, in_heap = 0;
+    for (u32 i = 0; i < segment.slots_high(); i++) {
+        if (slot_state(segment.slot(i).word.load()) == kSlotFree) continue;
+        slots++;
+        in_heap += segment.slot(i).offset.load() != 0;
+    }
+    if (slots != h.slots_used.load() || in_heap != used_blocks)
         problems.push_back("objects, used slots and used blocks differ: " + std::to_string(slots) + ", " +
-                           std::to_string(h.slots_used.load()) + ", " + std::to_string(used_blocks));
+                           std::to_string(h.slots_used.load()) + "; " + std::to_string(in_heap) + ", " +
+                           std::to_string(used_blocks));
     u32 free_slots = 0;
     for (u32 next = h.free_slot; next != 0 && free_slots <= segment.slots_high(); next = segment.slot(next - 1).next_free)
         free_slots++;

@@ -27,7 +27,7 @@ using atomic = std::atomic<T>;
 static_assert(atomic<u64>::is_always_lock_free && atomic<u32>::is_always_lock_free, "shared words must be lock-free");
 
 constexpr u64 kMagic = 0x68706372'61790001ull;  // "hpcray" and a 1
-constexpr u32 kLayoutVersion = 1;
+constexpr u32 kLayoutVersion = 2;
 constexpr u32 kMaxLanes = 1024;
 constexpr u32 kLaneWords = kMaxLanes / 64;  // words of a bit set with one bit for each lane
 constexpr u32 kWellKnownLanes = 16;         // indices below are for roles and are only claimed by name
@@ -92,14 +92,15 @@ struct Frame {
 static_assert(sizeof(Frame) == 24, "layout");
 
 // ---- objects -----------------------------------------------------------------------------------------------------
-enum SlotState : u32 { kSlotFree = 0, kSlotCreating = 1, kSlotSealed = 2, kSlotDoomed = 3 };
+// SPILLED: complete, but its bytes are in a file of the node's; no block.
+enum SlotState : u32 { kSlotFree = 0, kSlotCreating = 1, kSlotSealed = 2, kSlotDoomed = 3, kSlotSpilled = 4 };
 enum SlotKind : u32 { kKindObject = 0, kKindFrame = 1 };  // a frame's payload is nobody's object: never listed
 
 constexpr std::size_t kObjectIdBytes = 28;
 
 struct Slot {
     alignas(64) atomic<u64> word;  // generation << 32 | state: every change of an object's life is one store of this
-    atomic<u64> offset;            // of the data in the segment
+    atomic<u64> offset;            // of the data in the segment; 0: they are (or will be) in a file
     atomic<u64> size;
     atomic<u64> owner;    // address; 0: nobody on this node
     atomic<u64> creator;  // address
@@ -108,6 +109,7 @@ struct Slot {
     u32 next_free;  // slot index + 1, guarded by the mutex
     u32 reserved;
     atomic<u64> id[4];  // 28 bytes and 4 zeros
+    atomic<u64> used_at;  // monotonic nanoseconds: when it was last made, sealed or pinned
     alignas(64) atomic<u64> pins[kLaneWords];  // bit l: the process with lane l holds at least one pin
 };
 static_assert(sizeof(Slot) == 256, "layout");
@@ -149,6 +151,7 @@ struct Header {
     u64 slots_at;
     u64 heap_at;
     u64 heap_bytes;
+    u64 object_bytes;  // how much of the heap objects may fill; the rest is for frames (STORE-6)
 
     alignas(64) pthread_mutex_t mutex;
 

@@ -82,7 +82,7 @@ std::vector<Unclaimed> reclaim(Segment& s, u64 address) {
         u64 word = slot.word.load();
         if (slot_state(word) == kSlotCreating && slot.creator.load() == address) {
             store_free_locked(s, i, true);
-        } else if (slot_state(word) == kSlotSealed) {
+        } else if (slot_state(word) == kSlotSealed || slot_state(word) == kSlotSpilled) {
             u64 handle = make_handle(i, slot_generation(word));
             u64 owner = slot.owner.load();
             if (owner == address) {

@@ -17,6 +17,7 @@ namespace {
 
 constexpr u64 kPage = 4096;
 constexpr u64 kHugePage = 2u << 20;
+constexpr u64 kFrameBytes = 16u << 20;  // STORE-6; sparse like all of it
 
 u64 round_up(u64 value, u64 unit) { return (value + unit - 1) / unit * unit; }
 
@@ -86,9 +87,10 @@ std::shared_ptr<Segment> Segment::create(const SegmentOptions& options) {
         throw std::invalid_argument("ring_bytes must be a power of two between 1024 and 64 MiB");
     if (options.arena_bytes > (u64(1) << 46)) throw std::invalid_argument("arena_bytes is absurdly large");
 
-    u64 heap_bytes = round_up(options.arena_bytes < 65536 ? 65536 : options.arena_bytes, kPage);
-    u32 max_slots = 4096;
-    while (max_slots < (1u << 20) && u64(max_slots) * 4096 < heap_bytes) max_slots *= 2;
+    const u64 object_bytes = round_up(options.arena_bytes < 65536 ? 65536 : options.arena_bytes, kPage);
+    const u64 heap_bytes = object_bytes + kFrameBytes;
+    u32 max_slots = 65536;  // a spilled object keeps its slot
+    while (max_slots < (1u << 22) && u64(max_slots) * 1024 < heap_bytes) max_slots *= 2;
     u32 max_rings = options.max_lanes * 64;
     Places p = place(options.max_lanes, options.ring_bytes, max_rings, max_slots, heap_bytes);
 
@@ -121,6 +123,7 @@ std::shared_ptr<Segment> Segment::create(const SegmentOptions& options) {
     h.slots_at = p.slots_at;
     h.heap_at = p.heap_at;
     h.heap_bytes = heap_bytes;
+    h.object_bytes = object_bytes;
 
     pthread_mutexattr_t attributes;
     pthread_mutexattr_init(&attributes);
@@ -226,7 +229,7 @@ SegmentStatistics Segment::statistics() {
     s.total_bytes = h.total_bytes;
     struct stat status;
     if (fstat(fd_, &status) == 0) s.resident_bytes = u64(status.st_blocks) * 512;
-    s.heap_bytes = h.heap_bytes;
+    s.heap_bytes = h.object_bytes;
     s.heap_used_bytes = h.heap_used.load();
     s.repairs = h.repairs.load();
     for (const LaneRecord& record : lanes()) (record.state == kLaneOpen ? s.lanes_open : s.lanes_dead)++;

@@ -8,6 +8,7 @@
 #include <thread>
 
 #include "heap.h"
+#include "lane.h"
 #include "process.h"
 
 #ifndef MADV_POPULATE_WRITE
@@ -21,7 +22,7 @@ namespace {
 std::string full_text(u64 asked, u64 largest, u64 free, u64 capacity) {
     return "the node's object arena is full: " + std::to_string(asked) + " bytes asked, " + std::to_string(largest) +
            " bytes in the largest free block, " + std::to_string(free) + " of " + std::to_string(capacity) +
-           " bytes free; drop references, spill, or start with a larger object_store_memory";
+           " bytes free; drop references or start with a larger object_store_memory";
 }
 
 void set_id(Slot& slot, const char* id) {
@@ -36,7 +37,8 @@ ObjectRecord record_of(const Slot& slot, u32 index, u64 word) {
     r.size = slot.size.load(std::memory_order_relaxed);
     r.owner = slot.owner.load(std::memory_order_relaxed);
     r.creator = slot.creator.load(std::memory_order_relaxed);
-    r.sealed = slot_state(word) == kSlotSealed;
+    r.sealed = slot_state(word) == kSlotSealed || slot_state(word) == kSlotSpilled;
+    r.on_disk = slot.offset.load(std::memory_order_relaxed) == 0;
     r.claimed = slot.claimed.load(std::memory_order_relaxed) != 0;
     u64 words[4];
     for (int i = 0; i < 4; i++) words[i] = slot.id[i].load(std::memory_order_relaxed);
@@ -45,6 +47,13 @@ ObjectRecord record_of(const Slot& slot, u32 index, u64 word) {
 }
 
 }  // namespace
+
+// The largest block that an object may have; the caller holds Segment::Lock.
+static u64 largest_for_objects(Segment& s) {
+    const u64 used = s.header().heap_used.load(), limit = s.header().object_bytes;
+    if (used + sizeof(Block) >= limit) return 0;
+    return std::min(heap_largest_free(s), limit - used - sizeof(Block));
+}
 
 ArenaFull::ArenaFull(u64 asked, u64 largest_free, u64 free, u64 capacity)
     : std::runtime_error(full_text(asked, largest_free, free, capacity)),
@@ -59,14 +68,15 @@ bool slot_pinned(const Slot& slot) {
     return false;
 }
 
-bool store_free_locked(Segment& segment, u32 index, bool creating_too) {
+bool store_free_locked(Segment& segment, u32 index, bool force) {
     Slot& slot = segment.slot(index);
     u64 word = slot.word.load();
-    bool ends = slot_state(word) == kSlotDoomed ? !slot_pinned(slot) : creating_too && slot_state(word) == kSlotCreating;
+    const u32 state = slot_state(word);
+    const bool ends = state == kSlotDoomed ? !slot_pinned(slot) : force && (state == kSlotCreating || state == kSlotSpilled);
     if (!ends) return false;
-    u64 position = heap_position(segment, slot.offset.load());
+    const u64 offset = slot.offset.load();
     slot.word.store(slot_word(kSlotFree, slot_generation(word)));  // LAYOUT-1; killed here: HEAP-2 finds the block
-    heap_free(segment, position);
+    if (offset != 0) heap_free(segment, heap_position(segment, offset));
     Header& h = segment.header();
     slot.next_free = h.free_slot;
     h.free_slot = index + 1;
@@ -74,13 +84,17 @@ bool store_free_locked(Segment& segment, u32 index, bool creating_too) {
     return true;
 }
 
-bool store_delete_locked(Segment& segment, u64 handle) {
-    if (handle_slot(handle) >= segment.slots_high()) return false;
+Removed store_delete_locked(Segment& segment, u64 handle) {
+    if (handle_slot(handle) >= segment.slots_high()) return Removed::kGone;
     u64 expected = slot_word(kSlotSealed, handle_generation(handle));
     bool deleted = segment.slot(handle_slot(handle))
                        .word.compare_exchange_strong(expected, slot_word(kSlotDoomed, handle_generation(handle)));
+    if (!deleted && expected == slot_word(kSlotSpilled, handle_generation(handle))) {
+        store_free_locked(segment, handle_slot(handle), true);
+        return Removed::kFromDisk;
+    }
     if (deleted || slot_state(expected) == kSlotDoomed) store_free_locked(segment, handle_slot(handle), false);
-    return deleted;
+    return deleted ? Removed::kFromArena : Removed::kGone;
 }
 
 Store::Store(std::shared_ptr<Segment> segment, u64 address)
@@ -96,10 +110,17 @@ Slot* Store::find(u64 handle) {
     return index < segment_->slots_high() ? &segment_->slot(index) : nullptr;
 }
 
-u64 Store::create(const char* id, u64 size, u64 owner, u32 kind) {
+u64 Store::create(const char* id, u64 size, u64 owner, u32 kind) { return create_slot(id, size, owner, kind, true); }
+
+u64 Store::create_on_disk(const char* id, u64 size, u64 owner) {
+    return create_slot(id, size, owner, kKindObject, false);
+}
+
+u64 Store::create_slot(const char* id, u64 size, u64 owner, u32 kind, bool in_arena) {
     Segment& s = *segment_;
     Header& h = s.header();
-    u64 asked = size, largest, free, capacity = h.heap_bytes;
+    const u64 capacity = kind == kKindObject ? h.object_bytes : h.heap_bytes;
+    u64 largest, free;
     {
         Segment::Lock lock(s);
         u32 index = h.free_slot ? h.free_slot - 1 : s.slots_high();
@@ -108,28 +129,31 @@ u64 Store::create(const char* id, u64 size, u64 owner, u32 kind) {
             u32 generation = slot_generation(slot.word.load()) + 1;
             if (generation == 0) generation = 1;
             u64 handle = make_handle(index, generation);
-            u64 position = heap_allocate(s, size, handle);
-            if (position != kNoBlock) {
+            u64 position = kNoBlock;
+            const bool fits = kind == kKindFrame || (size <= capacity && h.heap_used.load() + sizeof(Block) + size <= capacity);  // STORE-6
+            if (in_arena && fits) position = heap_allocate(s, size, handle);
+            if (position != kNoBlock || !in_arena) {
                 if (h.free_slot)
                     h.free_slot = slot.next_free;
                 else
                     h.slots_high.store(index + 1);
-                slot.offset.store(heap_data(s, position), std::memory_order_relaxed);
+                slot.offset.store(in_arena ? heap_data(s, position) : 0, std::memory_order_relaxed);
                 slot.size.store(size, std::memory_order_relaxed);
                 slot.owner.store(owner, std::memory_order_relaxed);
                 slot.creator.store(address_, std::memory_order_relaxed);
                 slot.claimed.store(0, std::memory_order_relaxed);
                 slot.kind.store(kind, std::memory_order_relaxed);
+                slot.used_at.store(u64(monotonic_ns()), std::memory_order_relaxed);
                 set_id(slot, id);
                 slot.word.store(slot_word(kSlotCreating, generation));  // LAYOUT-1
                 h.slots_used.fetch_add(1, std::memory_order_relaxed);
                 return handle;
             }
         }
-        largest = index < h.max_slots ? heap_largest_free(s) : 0;  // no slot left counts as full as well
-        free = capacity - h.heap_used.load();
+        largest = index < h.max_slots ? largest_for_objects(s) : 0;  // no slot left counts as full as well
+        free = capacity - std::min(capacity, h.heap_used.load());
     }
-    throw ArenaFull(asked, largest, free, capacity);
+    throw ArenaFull(size, largest, free, capacity);
 }
 
 char* Store::write_address(u64 handle, u64& size) {
@@ -139,6 +163,7 @@ char* Store::write_address(u64 handle, u64& size) {
         throw std::invalid_argument("only the creator may write, and only before seal: no object being created has "
                                     "this handle");
     size = slot->size.load();
+    if (slot->offset.load() == 0) throw std::invalid_argument("the bytes of this object go to a file, not to the arena");
     return segment_->base() + slot->offset.load();
 }
 
@@ -183,7 +208,8 @@ void Store::seal(u64 handle) {
     Slot* slot = find(handle);
     u64 expected = slot_word(kSlotCreating, handle_generation(handle));
     u64 owner = slot ? slot->owner.load() : 0;
-    if (!slot || !slot->word.compare_exchange_strong(expected, slot_word(kSlotSealed, handle_generation(handle))))
+    const u32 state = slot && slot->offset.load() == 0 ? kSlotSpilled : kSlotSealed;
+    if (!slot || !slot->word.compare_exchange_strong(expected, slot_word(state, handle_generation(handle))))
         throw std::invalid_argument("seal: no object being created has this handle");
     if (address_incarnation(owner) != 0 && address_node(owner) == segment_->node() && !segment_->alive(owner))
         remove(handle);  // STORE-4
@@ -216,6 +242,7 @@ const char* Store::pin(u64 handle, u64& size) {
         }
     }
     count++;
+    slot->used_at.store(u64(monotonic_ns()), std::memory_order_relaxed);
     size = slot->size.load(std::memory_order_relaxed);
     return segment_->base() + slot->offset.load(std::memory_order_relaxed);
 }
@@ -241,13 +268,60 @@ void Store::free_if_doomed(u32 index) {  // STORE-2
     store_free_locked(*segment_, index, false);
 }
 
-bool Store::remove(u64 handle) {
+Removed Store::remove(u64 handle) {
+    Slot* slot = find(handle);
+    if (!slot) return Removed::kGone;
+    u64 expected = slot_word(kSlotSealed, handle_generation(handle));
+    if (slot->word.compare_exchange_strong(expected, slot_word(kSlotDoomed, handle_generation(handle)))) {
+        free_if_doomed(handle_slot(handle));
+        return Removed::kFromArena;
+    }
+    if (expected != slot_word(kSlotSpilled, handle_generation(handle))) return Removed::kGone;
+    Segment::Lock lock(*segment_);  // STORE-5: it may be taken back until we have the mutex
+    return store_delete_locked(*segment_, handle);
+}
+
+bool Store::spill(u64 handle) {
     Slot* slot = find(handle);
     if (!slot) return false;
-    u64 expected = slot_word(kSlotSealed, handle_generation(handle));
-    if (!slot->word.compare_exchange_strong(expected, slot_word(kSlotDoomed, handle_generation(handle)))) return false;
-    free_if_doomed(handle_slot(handle));
+    Segment::Lock lock(*segment_);
+    const u64 sealed = slot_word(kSlotSealed, handle_generation(handle));
+    u64 expected = sealed;
+    if (!slot->word.compare_exchange_strong(expected, slot_word(kSlotSpilled, handle_generation(handle)))) return false;
+    if (slot_pinned(*slot)) {
+        slot->word.store(sealed);
+        return false;
+    }
+    u64 position = heap_position(*segment_, slot->offset.load());
+    slot->offset.store(0);  // killed here: HEAP-2 finds the block
+    heap_free(*segment_, position);
     return true;
+}
+
+std::vector<Victim> Store::victims() {
+    struct Candidate {
+        u64 used_at;
+        Victim victim;
+    };
+    std::vector<Candidate> candidates;
+    for (u32 i = 0, high = segment_->slots_high(); i < high; i++) {
+        Slot& slot = segment_->slot(i);
+        u64 word = slot.word.load();
+        if (slot_state(word) != kSlotSealed || slot.kind.load() != kKindObject || slot_pinned(slot)) continue;
+        candidates.push_back({slot.used_at.load(), {make_handle(i, slot_generation(word)), slot.size.load()}});
+    }
+    std::sort(candidates.begin(), candidates.end(), [](const Candidate& a, const Candidate& b) { return a.used_at < b.used_at; });
+    std::vector<Victim> victims;
+    victims.reserve(candidates.size());
+    for (const Candidate& candidate : candidates) victims.push_back(candidate.victim);
+    return victims;
+}
+
+void Store::room(u64& free, u64& largest) {
+    Segment::Lock lock(*segment_);
+    const Header& h = segment_->header();
+    free = h.object_bytes - std::min(h.object_bytes, h.heap_used.load());
+    largest = largest_for_objects(*segment_);
 }
 
 bool Store::claim(u64 handle) {
@@ -257,7 +331,7 @@ bool Store::claim(u64 handle) {
     Segment::Lock lock(*segment_);
     u64 word = slot->word.load();
     if (slot_generation(word) != handle_generation(handle) ||
-        (slot_state(word) != kSlotCreating && slot_state(word) != kSlotSealed))
+        (slot_state(word) != kSlotCreating && slot_state(word) != kSlotSealed && slot_state(word) != kSlotSpilled))
         return false;
     slot->claimed.store(1);
     return true;
@@ -268,8 +342,7 @@ std::optional<ObjectRecord> Store::info(u64 handle) {
     if (!slot) return std::nullopt;
     u64 word = slot->word.load();
     u32 state = slot_state(word);
-    if (slot_generation(word) != handle_generation(handle) || (state != kSlotCreating && state != kSlotSealed))
-        return std::nullopt;
+    if (slot_generation(word) != handle_generation(handle) || state == kSlotFree || state == kSlotDoomed) return std::nullopt;
     ObjectRecord record = record_of(*slot, handle_slot(handle), word);
     u64 again = slot->word.load();
     if (slot_generation(again) != handle_generation(handle) || slot_state(again) == kSlotFree) return std::nullopt;
@@ -281,7 +354,7 @@ std::vector<ObjectRecord> Store::list() {
     for (u32 i = 0, high = segment_->slots_high(); i < high; i++) {
         Slot& slot = segment_->slot(i);
         u64 word = slot.word.load();
-        if (slot_state(word) != kSlotCreating && slot_state(word) != kSlotSealed) continue;
+        if (slot_state(word) == kSlotFree || slot_state(word) == kSlotDoomed) continue;
         if (slot.kind.load() != kKindObject) continue;
         ObjectRecord record = record_of(slot, i, word);
         u64 again = slot.word.load();
@@ -304,12 +377,13 @@ StoreStatistics Store::statistics() {
         s.objects += state == kSlotSealed;
         s.creating += state == kSlotCreating;
         s.doomed += state == kSlotDoomed;
+        s.spilled += state == kSlotSpilled;
         s.pinned += slot_pinned(slot);
     }
     Segment::Lock lock(*segment_);
-    s.capacity_bytes = segment_->header().heap_bytes;
+    s.capacity_bytes = segment_->header().object_bytes;
     s.used_bytes = segment_->header().heap_used.load();
-    s.largest_free_bytes = heap_largest_free(*segment_);
+    s.largest_free_bytes = largest_for_objects(*segment_);
     return s;
 }
 

@@ -2,7 +2,8 @@
 //
 // An object is a slot (its life) and a heap block (its bytes). Its handle is slot | generation << 32; a handle never
 // means another object later. Life: FREE -> CREATING -> SEALED -> DOOMED -> FREE, each step one store of the slot's
-// word (LAYOUT-1).
+// word (LAYOUT-1). An object whose bytes are in a file has no block: SEALED -> SPILLED, or CREATING -> SPILLED when it
+// was made there; SPILLED -> FREE. The files are their callers' affair.
 //
 // STORE-1 (pins): a pin is one bit for each process, set before the state is looked at again; delete sets DOOMED
 //   before it looks at the bits. Both are seq_cst, so the pinner sees DOOMED or the deleter sees the bit (Dekker).
@@ -12,6 +13,10 @@
 //   constant from SEALED on. Who asked the link to write does not abort before the link has answered or is dead.
 // STORE-4 (dead owners): an object whose owner on this node is dead is doomed: by reclaim of the owner, or by seal,
 //   which looks at the owner after it stored SEALED (reclaim looks at the objects after the lane is DEAD).
+// STORE-5 (spilling): spill stores SPILLED, then looks at the pins, and takes it back if there are any (STORE-1's Dekker
+//   again), all under the mutex. So a block goes only when nobody reads it, and SPILLED changes under the mutex only.
+// STORE-6 (frames have room): objects never fill the last part of the heap, so that large messages get through while
+//   the arena is full.
 #pragma once
 
 #include <memory>
@@ -32,20 +37,28 @@ struct ArenaFull : std::runtime_error {
 
 struct ObjectRecord {
     u64 handle = 0, size = 0, owner = 0, creator = 0;
-    bool sealed = false, claimed = false;
+    bool sealed = false, claimed = false;  // sealed: complete, wherever its bytes are
+    bool on_disk = false;
     char id[kObjectIdBytes] = {};
 };
 
 struct StoreStatistics {
     u64 capacity_bytes, used_bytes, largest_free_bytes;
-    u32 objects, creating, doomed, pinned, frames;
+    u32 objects, creating, doomed, pinned, frames, spilled;
 };
 
+struct Victim {
+    u64 handle, size;
+};
+
+enum Removed : u32 { kGone = 0, kFromArena = 1, kFromDisk = 2 };  // on disk: the caller removes the file
+
 bool slot_pinned(const Slot& slot);
-// SEALED -> DOOMED and, without pins, freed. The caller holds Segment::Lock. Wrong or old handles: nothing.
-bool store_delete_locked(Segment& segment, u64 handle);
-// Frees the slot if it is DOOMED and unpinned (or CREATING with force). The caller holds Segment::Lock.
-bool store_free_locked(Segment& segment, u32 slot, bool creating_too);
+// SEALED -> DOOMED and, without pins, freed; SPILLED -> FREE. The caller holds Segment::Lock. Wrong or old handles:
+// nothing.
+Removed store_delete_locked(Segment& segment, u64 handle);
+// Frees the slot if it is DOOMED and unpinned (or, with force, CREATING or SPILLED). The caller holds Segment::Lock.
+bool store_free_locked(Segment& segment, u32 slot, bool force);
 
 class Store {
   public:
@@ -56,6 +69,8 @@ class Store {
 
     // A new object of `size` bytes in state CREATING. Throws ArenaFull. `id` is 28 bytes.
     u64 create(const char* id, u64 size, u64 owner, u32 kind = kKindObject);
+    // The same without a block: the bytes go to a file. Throws ArenaFull when no slot is left.
+    u64 create_on_disk(const char* id, u64 size, u64 owner);
     // Where to write; only the creator and the link, only while CREATING (throws invalid_argument otherwise).
     char* write_address(u64 handle, u64& size);
     // Copies into an object that is being created, with up to four threads for large copies; populates pages first.
@@ -65,8 +80,14 @@ class Store {
     // Pins and gives the data's address; nullptr when the object is gone or not sealed. Each pin needs one unpin.
     const char* pin(u64 handle, u64& size);
     void unpin(u64 handle);
-    // SEALED -> DOOMED; false when it was gone already. Readers keep their pins.
-    bool remove(u64 handle);
+    // SEALED -> DOOMED or SPILLED -> FREE. Readers keep their pins.
+    Removed remove(u64 handle);
+    // The bytes are in a file by now: SEALED -> SPILLED, and the block is free; false when it is pinned or gone.
+    bool spill(u64 handle);
+    // Sealed objects in the arena that nobody pins, least recently used first. A snapshot.
+    std::vector<Victim> victims();
+    // Bytes that objects may still fill, and of the largest one that could be created now.
+    void room(u64& free, u64& largest);
     bool claim(u64 handle);
     // The lane is about to go: from now on pin gives nullptr and unpin does nothing.
     void detach();
@@ -79,6 +100,7 @@ class Store {
     u64 address() const { return address_; }
 
   private:
+    u64 create_slot(const char* id, u64 size, u64 owner, u32 kind, bool in_arena);
     Slot* find(u64 handle);
     void free_if_doomed(u32 slot);
 

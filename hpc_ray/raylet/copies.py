@@ -1,4 +1,4 @@
-"""Copies of objects from other nodes, and room in the arena. The part of ``RayletState`` that brings them here.
+"""Copies of objects from other nodes. The part of ``RayletState`` that brings them here.
 
 COPY-1 (one transfer): at most one transfer of an object is under way on a node; all who ask meanwhile get its outcome.
 COPY-2 (answered): each PullObject is answered by ObjectLocal or PullFailed, also when the source dies.
@@ -13,8 +13,6 @@ from hpc_ray.ids import LINK_LANE, address_of, node_of, owner_of
 from hpc_ray.machine import Table, handles
 from hpc_ray.protocol import (
     AddPlace,
-    ArenaFullNotice,
-    ArenaRoom,
     DeleteCopies,
     ObjectLocal,
     OrphanedObject,
@@ -35,8 +33,7 @@ from hpc_ray.raylet.events import (
 )
 from hpc_ray.raylet.part import Part
 
-FULL_WAITS_S = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.4, 0.8, 1.6)  # between tries while the arena is full
-FULL_MEMORY_S = 5.0  # a notice later than this after the last one starts afresh
+ROOM_TRIES = 3  # others may take the room that was made; then its bytes go to a file
 
 
 class PullState(enum.Enum):
@@ -69,7 +66,7 @@ class Pull:
         self.places: dict[int, int] = {}  # node → handle, not tried yet
         self.source = -1  # while MOVING
         self.handle = 0  # while MOVING
-        self.tries = 0  # for room
+        self.tries = 0  # for room in the arena
 
 
 class Copies(Part):
@@ -80,10 +77,7 @@ class Copies(Part):
         self.transfers: dict[int, Pull] = {}
         self.copies: dict[bytes, int] = {}  # object → handle of what was brought here
         self.copy_of: dict[int, bytes] = {}  # and back
-        self._full: dict[tuple[int, int], tuple[int, float]] = {}  # (asker, size) → tries, time of the last
-        self._full_answers: dict[int, tuple[int, int]] = {}  # number of the wait → asker, request id
         self._next_transfer = 1
-        self._next_full = 1
 
     # -- pulls
 
@@ -123,12 +117,12 @@ class Copies(Part):
             self._forget_copy(event.handle)
             self._allocate(pull)
 
-    def _allocate(self, pull: Pull) -> None:
+    def _allocate(self, pull: Pull, *, on_disk: bool = False) -> None:
         if not self._next_place(pull, "no copy of it is left anywhere", peek=True):
             return
         if pull.state is PullState.LOOKING:
             self._step_pull(pull, PullState.ALLOCATING)
-        self.act(AllocateCopy(pull.transfer_id, pull.object_id, pull.size))
+        self.act(AllocateCopy(pull.transfer_id, pull.object_id, pull.size, on_disk))
 
     @handles(CopyAllocated)
     def on_copy_allocated(self, event: CopyAllocated, source: int) -> None:
@@ -140,16 +134,23 @@ class Copies(Part):
         if event.handle:
             pull.handle = event.handle
             self._move(pull)
-        elif pull.tries < len(FULL_WAITS_S):
-            self.set_timer(f"allocate:{pull.transfer_id}", self.now + FULL_WAITS_S[pull.tries])
-            pull.tries += 1
+        elif event.error:
+            self._fail(pull, self.node, event.error)
+        elif pull.size > self.arena_bytes or pull.tries == ROOM_TRIES:
+            self._allocate(pull, on_disk=True)
         else:
-            self._fail(pull, self.node, f"the object store of this node has no room for its {pull.size} bytes")
+            pull.tries += 1
+            self.want_room(0, pull.transfer_id, pull.size)
 
-    def timer_allocate(self, transfer_id: str) -> None:
-        pull = self.transfers.get(int(transfer_id))
-        if pull is not None and pull.state is PullState.ALLOCATING:
-            self._allocate(pull)
+    def room_made(self, transfer_id: int, on_disk: bool, error: str) -> None:
+        """What ``want_room`` comes to for a pull."""
+        pull = self.transfers.get(transfer_id)
+        if pull is None or pull.state is not PullState.ALLOCATING:
+            return
+        if error:
+            self._fail(pull, self.node, error)
+        else:
+            self._allocate(pull, on_disk=on_disk)
 
     def _move(self, pull: Pull) -> None:
         """Ask the link for it, from the next place that lives."""
@@ -260,33 +261,3 @@ class Copies(Part):
                 self.act(DeleteObject(handle))
             else:
                 self.send(owner, OrphanedObject(object_id, handle))
-
-    # -- room
-
-    @handles(ArenaFullNotice)
-    def on_arena_full_notice(self, event: ArenaFullNotice, source: int) -> None:
-        """Let the asker try again after a while, in the hope of frees; give up when that does not help."""
-        key = (source, event.size)
-        tries, last = self._full.get(key, (0, self.now))
-        if self.now - last > FULL_MEMORY_S:
-            tries = 0
-        if tries >= len(FULL_WAITS_S):
-            del self._full[key]
-            text = (
-                f"the object store has no room for {event.size} bytes, and nothing was freed for "
-                f"{sum(FULL_WAITS_S):.1f} s. Drop references that are not needed, or start the session with a larger "
-                "object_store_memory."
-            )
-            self.send(source, ArenaRoom(event.request_id, text))
-            return
-        if len(self._full) > 1000:
-            self._full = {k: v for k, v in self._full.items() if self.now - v[1] <= FULL_MEMORY_S}
-        self._full[key] = (tries + 1, self.now + FULL_WAITS_S[tries])
-        number = self._next_full
-        self._next_full += 1
-        self._full_answers[number] = (source, event.request_id)
-        self.set_timer(f"room:{number}", self.now + FULL_WAITS_S[tries])
-
-    def timer_room(self, number: str) -> None:
-        source, request_id = self._full_answers.pop(int(number))
-        self.send(source, ArenaRoom(request_id))

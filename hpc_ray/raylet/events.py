@@ -50,6 +50,15 @@ class AllocateCopy(Action, frozen=True, gc=False):
     transfer_id: int
     object_id: bytes
     size: int
+    on_disk: bool = False  # in a file, as the arena has no room
+
+
+class SpillObjects(Action, frozen=True, gc=False):
+    """Move objects that nobody reads to files, the least recently used first, until ``total`` bytes are freed and an object of
+    ``largest`` fits, or nothing more can go. Answer, later: ObjectsSpilled."""
+
+    total: int
+    largest: int
 
 
 class SealCopy(Action, frozen=True, gc=False):
@@ -82,10 +91,20 @@ class Reclaimed(msgspec.Struct, frozen=True, tag=1101, array_like=True, gc=False
 
 
 class CopyAllocated(msgspec.Struct, frozen=True, tag=1102, array_like=True, gc=False):
-    """``handle`` 0: the arena is full."""
+    """``handle`` 0: the arena is full, or, with ``error``, the file cannot be made."""
 
     transfer_id: int
     handle: int
+    error: str = ""
+
+
+class ObjectsSpilled(msgspec.Struct, frozen=True, tag=1104, array_like=True, gc=False):
+    """``largest_free``: bytes of the largest object that fits now; ``error``: why no file can be written, and its class."""
+
+    freed: int
+    largest_free: int
+    error: str = ""
+    error_kind: str = ""
 
 
 class CopyFound(msgspec.Struct, frozen=True, tag=1103, array_like=True, gc=False):

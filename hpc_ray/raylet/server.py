@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import os
+import queue
 import socket
 import sys
+import threading
+from collections import deque
 from collections.abc import Callable
 from typing import Any
 
 from hpc_ray._core import Lane, Segment, Store
 from hpc_ray.config import NodeConfig
+from hpc_ray.exceptions import RayError
 from hpc_ray.ids import RAYLET_LANE, node_of, owner_of
 from hpc_ray.protocol import ProcessExited, encode
 from hpc_ray.raylet.events import (
@@ -22,12 +26,15 @@ from hpc_ray.raylet.events import (
     DeleteOwned,
     FindCopy,
     MarkDead,
+    ObjectsSpilled,
     Reclaim,
     Reclaimed,
     SealCopy,
+    SpillObjects,
 )
 from hpc_ray.raylet.state import WHOLE_NODE, RayletState
 from hpc_ray.serving import Server
+from hpc_ray.spilling import ObjectFiles
 from hpc_ray.version import __version__
 
 
@@ -35,21 +42,22 @@ def main(segment: Segment, config: NodeConfig, fork_server: socket.socket) -> No
     """Serve until the node ends. Blocks; leaves by SystemExit."""
     lane = segment.open_lane(RAYLET_LANE)
     state = RayletState(config, pid=os.getpid(), build=__version__)
-    code = RayletServer(state, segment, lane, Store(segment, lane), fork_server).run()
+    code = RayletServer(state, segment, lane, ObjectFiles(Store(segment, lane), config.spill_dir), fork_server).run()
     lane.close()
     raise SystemExit(code)
 
 
 class RayletServer(Server):
-    """Knows the segment, the store and the fork server's socket."""
+    """Knows the segment, the store with its files, and the fork server's socket. Files are written by a thread of their own."""
 
-    def __init__(self, state: RayletState, segment: Segment, lane: Lane, store: Store, fork_server: socket.socket):
+    def __init__(self, state: RayletState, segment: Segment, lane: Lane, files: ObjectFiles, fork_server: socket.socket):
         performers: dict[type, Callable[[Any], Any]] = {
             AskForkServer: lambda action: self._ask_fork_server(action.message),
             MarkDead: self._mark_dead,
-            Reclaim: lambda action: Reclaimed(action.address, segment.reclaim(action.address)),
-            DeleteObject: self._delete,
+            Reclaim: self._reclaim,
+            DeleteObject: lambda action: self.files.delete(action.handle),
             DeleteOwned: self._delete_owned,
+            SpillObjects: self._spill,
             AllocateCopy: self._allocate,
             SealCopy: self._seal,
             AbortCopy: self._abort,
@@ -57,7 +65,11 @@ class RayletServer(Server):
         }
         super().__init__(state, lane, performers=performers)
         self.segment = segment
-        self.store = store
+        self.files = files
+        self.store = files.store
+        self._spills: queue.SimpleQueue[SpillObjects] = queue.SimpleQueue()
+        self._spilled: deque[ObjectsSpilled] = deque()
+        self._disk: threading.Thread | None = None
         self.fork_server = fork_server
         fork_server.setblocking(True)  # one that does not read is one that ends the node
         self._lane = lane
@@ -67,6 +79,8 @@ class RayletServer(Server):
     def arrange(self, batch: list[tuple[int, bytes]]) -> list[tuple[int, Any]]:
         """Deaths last, each after all that its subject had sent (PROTO-3)."""
         messages = super().arrange(batch)
+        while self._spilled:
+            messages.append((0, self._spilled.popleft()))
         exits = [(source, event) for source, event in messages if isinstance(event, ProcessExited)]
         if not exits:
             return messages
@@ -109,21 +123,55 @@ class RayletServer(Server):
     def _mark_dead(self, action: MarkDead) -> None:
         self.segment.mark_dead(action.address)
 
-    def _delete(self, action: DeleteObject) -> None:
-        self.store.delete(action.handle)
+    def _reclaim(self, action: Reclaim) -> Reclaimed:
+        objects = self.segment.reclaim(action.address)
+        self.files.sweep()
+        return Reclaimed(action.address, objects)
 
     def _delete_owned(self, action: DeleteOwned) -> None:
         whole = action.owner & WHOLE_NODE == WHOLE_NODE
         for _, handle, _, owner, _, sealed, _ in self.store.list_objects():
             if sealed and (node_of(owner) == node_of(action.owner) if whole else owner == action.owner):
-                self.store.delete(handle)
+                self.files.delete(handle)
 
     def _allocate(self, action: AllocateCopy) -> CopyAllocated:
+        owner = owner_of(action.object_id)
         try:
-            handle = self.store.create(action.object_id, action.size, owner_of(action.object_id))
-        except MemoryError:
-            handle = 0
+            if not action.on_disk:
+                return CopyAllocated(action.transfer_id, self.store.create(action.object_id, action.size, owner))
+            handle = self.store.create_on_disk(action.object_id, action.size, owner)
+        except MemoryError as error:
+            return CopyAllocated(action.transfer_id, 0, str(error) if action.on_disk else "")
+        try:
+            self.files.reserve(handle, action.size)
+        except RayError as error:
+            self.store.abort(handle)
+            return CopyAllocated(action.transfer_id, 0, str(error))
         return CopyAllocated(action.transfer_id, handle)
+
+    def _spill(self, action: SpillObjects) -> None:
+        if self._disk is None:
+            self._disk = threading.Thread(target=self._run_disk, name="hpc_ray-disk", daemon=True)
+            self._disk.start()
+        self._spills.put(action)
+
+    def _run_disk(self) -> None:
+        while True:
+            self._spilled.append(self._make_room(self._spills.get()))
+            self._lane.wake()
+
+    def _make_room(self, action: SpillObjects) -> ObjectsSpilled:
+        freed, error, error_kind = 0, "", ""
+        for handle, _ in self.store.victims():
+            free, largest = self.store.room()
+            if (free >= action.total and largest >= action.largest) or freed >= 2 * action.total:  # the rest is scattered
+                break
+            try:
+                freed += self.files.spill(handle)
+            except RayError as failure:
+                error, error_kind = str(failure), type(failure).__name__
+                break
+        return ObjectsSpilled(freed, self.store.room()[1], error, error_kind)
 
     def _seal(self, action: SealCopy) -> None:
         self.store.seal(action.handle)
@@ -131,6 +179,7 @@ class RayletServer(Server):
 
     def _abort(self, action: AbortCopy) -> None:
         self.store.abort(action.handle)
+        self.files.remove(action.handle)
 
     def _find(self, action: FindCopy) -> CopyFound:
         found = self.store.info(action.handle)

@@ -1,6 +1,6 @@
 """The raylet's decisions: every event of a node goes in, the actions come out.
 
-Put together from its parts (``workers``, ``leases``, ``bundles``, ``copies``), each a class in a file of its own with
+Put together from its parts (``workers``, ``leases``, ``bundles``, ``copies``, ``room``), each a class in a file of its own with
 its invariants; here are the node's membership, its view of the cluster, its end, and the questions it answers. Relies
 on ``machine``, ``scheduling``, ``protocol``; called by ``raylet.server`` and the simulator.
 
@@ -39,6 +39,7 @@ from hpc_ray.raylet.bundles import Bundles
 from hpc_ray.raylet.copies import Copies
 from hpc_ray.raylet.events import DeleteOwned
 from hpc_ray.raylet.resources import ResourcePool
+from hpc_ray.raylet.room import Room
 from hpc_ray.raylet.workers import Workers, WorkerState
 from hpc_ray.scheduling import NodeView
 
@@ -46,7 +47,7 @@ REPORT_NODES = 64  # from this many nodes on reports become rarer, so that the G
 WHOLE_NODE = 0xFFFF << 32  # lane that stands for all lanes of a node in DeleteOwned
 
 
-class RayletState(Workers, Bundles, Copies):
+class RayletState(Workers, Bundles, Copies, Room):
     """See the module's text.
 
     Args:
@@ -60,6 +61,7 @@ class RayletState(Workers, Bundles, Copies):
         self.config = config
         self.settings = config.settings
         self.node = config.node
+        self.arena_bytes = config.arena_bytes
         self.node_id = bytes.fromhex(config.node_id)
         self.build = build
         self.pid = pid
@@ -83,6 +85,7 @@ class RayletState(Workers, Bundles, Copies):
         self.init_leases()
         self.init_bundles()
         self.init_copies()
+        self.init_room()
         self._sequence = 0
         self._reported: tuple[Resources, Resources, list[Resources]] | None = None
         self._report_at = 0.0
@@ -183,6 +186,7 @@ class RayletState(Workers, Bundles, Copies):
         self.remember_gone(address)
         self.drop_owner(address)
         self.drop_asker(address)
+        self.forget_asker(address)
         if lane_of(address) == LINK_LANE and not self.stopping:
             for node in [node for node, view in self.views.items() if node != self.node and view.alive]:
                 self.source_lost(node)
@@ -330,6 +334,7 @@ class RayletState(Workers, Bundles, Copies):
             "bundles": len(self.bundles),
             "pulls": len(self.pulls),
             "copies": len(self.copies),
+            "spilled_bytes": self.spilled_bytes,
             "total": dict(self.pool.total),
             "available": dict(self.pool.available),
         }
@@ -385,6 +390,7 @@ class RayletState(Workers, Bundles, Copies):
             "bundles": {key: (b.state.name, b.attempt) for key, b in self.bundles.items()},
             "pulls": {key: (p.state.name, list(p.askers), p.places, p.handle) for key, p in self.pulls.items()},
             "copies": dict(self.copies),
+            "room": (dict(self.wanting), dict(self.served), self.spilled_bytes),
             "total": dict(self.pool.total),
             "available": dict(self.pool.available),
             "views": {i: (v.alive, v.total, v.available) for i, v in self.views.items()},

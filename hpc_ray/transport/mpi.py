@@ -238,7 +238,7 @@ class MPITransport(Transport):
             view = memoryview(self._objects.write_buffer(handle)).cast("B")
             if len(view) != size:
                 raise ValueError(f"the block has {len(view)} bytes, the object {size}")
-        except (ValueError, RuntimeError) as error:
+        except (ValueError, RuntimeError, OSError) as error:
             self._events.append(TransferEnded(transfer_id, f"cannot write into the block: {error}"))
             return
         if size == 0:

@@ -283,7 +283,7 @@ class Executor:
         here = client.node
         for node, handle in dependency.places:
             if node == here:
-                pin = client.store.get(handle)
+                pin = client.files.read(handle)
                 if pin is not None:
                     return client.load_with_loans(pin)
         with client.lock:  # on another node: borrow it, on the caller's loan, and wait for a copy
@@ -294,7 +294,7 @@ class Executor:
         try:
             client.make_available([entry], None)
             local = client.objects.local_handle(entry)
-            pin = client.store.get(local) if local is not None else None
+            pin = client.files.read(local) if local is not None else None
             if pin is None:
                 value = client.load(entry)
                 return value, []

@@ -161,7 +161,7 @@ class Results:
         client = self.client
         try:
             serialized = serialize.serialize(value)
-        except Exception as error:
+        except TypeError as error:
             where = serialize.explain(value, "result")
             raise TypeError(
                 f"Could not serialize the return value of {task.name}: {error}. The part at fault: {where}"

@@ -116,9 +116,9 @@ def test_bad_options_of_an_actor(ray, actor_class, case):
 @pytest.mark.parametrize(
     ("options", "error", "match"),
     [
-        ({"num_return": 1}, ValueError, "num_return"),
+        ({"num_return": 1}, TypeError, "num_return"),
         ({"num_returns": -1}, ValueError, "num_returns"),
-        ({"num_cpus": 1}, ValueError, "num_cpus"),
+        ({"num_cpus": 1}, TypeError, "num_cpus"),
     ],
 )
 def test_bad_options_of_a_method(ray, actor_class, options, error, match):
@@ -229,8 +229,35 @@ def test_value_that_cannot_be_unpickled(ray, function):
     def trap():
         raise RuntimeError("sprung")
 
-    with pytest.raises(RuntimeError, match="sprung"):
-        ray.get(function.remote(Trap()), timeout=30)
+    for wanted in (lambda: ray.get(ray.put(Trap())), lambda: ray.get(function.remote(Trap()), timeout=30)):
+        with pytest.raises(exceptions.RaySystemError, match="sprung"):
+            wanted()
+
+
+def test_errors_of_pickling_are_raised_as_they_are(ray, function):
+    class Refuses:
+        def __reduce__(self):
+            raise RuntimeError("stays here")
+
+    refuses = Refuses()
+
+    @ray.remote
+    def gives():
+        return Refuses()
+
+    @ray.remote
+    def encloses():
+        return refuses
+
+    for wanted in (
+        lambda: ray.put(refuses),
+        lambda: function.remote(refuses),
+        lambda: function.remote(x=[refuses]),
+        encloses.remote,
+        lambda: ray.get(gives.remote(), timeout=30),
+    ):
+        with pytest.raises(RuntimeError, match="stays here"):
+            wanted()
 
 
 # ------------------------------------------------------------------ get, wait, put, kill, cancel

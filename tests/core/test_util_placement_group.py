@@ -24,7 +24,6 @@ def make(ray, eventually):
     eventually(lambda: not [name for name in ray.cluster_resources() if "_group_" in name], "groups are gone")
 
 
-@pytest.mark.xfail(strict=False, reason="ready() of a removed group does not raise any more: open")
 def test_life(ray, make, eventually):
     group = make([{"CPU": 1}, {"CPU": 1, "slot": 0.5}], name="by name")
     assert ray.get(group.ready()) == group and group.wait(0)
@@ -140,3 +139,55 @@ def test_empty_group(ray):
 def test_groups_that_cannot_be(ray, bundles, options):
     with pytest.raises(ValueError, match=r".+"):
         util.placement_group(bundles, **options)
+
+
+def test_actors_of_a_removed_group_are_dead(ray, make):
+    @ray.remote(num_cpus=1)
+    class Actor:
+        def answer(self):
+            return 42
+
+    group = make([{"CPU": 1}])
+    actor = Actor.options(scheduling_strategy=InGroup(group)).remote()
+    assert ray.get(actor.answer.remote()) == 42
+    util.remove_placement_group(group)
+    for late in (actor, Actor.options(scheduling_strategy=InGroup(group)).remote()):
+        with pytest.raises(exceptions.ActorDiedError, match="placement group was removed"):
+            while True:  # its end takes a moment
+                ray.get(late.answer.remote(), timeout=30)
+
+
+def test_options_as_they_were_before_strategies(ray, make):
+    @ray.remote(num_cpus=1)
+    def where():
+        return util.get_current_placement_group()
+
+    @ray.remote(num_cpus=1)
+    class Actor:
+        def where(self):
+            return util.get_current_placement_group()
+
+    group = make([{"CPU": 1}, {"CPU": 1}])
+    assert ray.get(where.options(placement_group=group, placement_group_bundle_index=1).remote()) == group
+    assert ray.get(where.options(placement_group=group).remote()) == group
+    actor = Actor.options(placement_group=group, placement_group_capture_child_tasks=True).remote()
+    assert ray.get(actor.where.remote()) == group
+    for nothing in ("default", None):
+        assert ray.get(where.options(placement_group=nothing).remote()) is None
+    with pytest.raises(ValueError, match="bundle index 7 is invalid"):
+        where.options(placement_group=group, placement_group_bundle_index=7).remote()
+    with pytest.raises(ValueError, match="must be -1"):
+        where.options(placement_group_bundle_index=0).remote()
+    with pytest.raises(ValueError, match="scheduling_strategy"):
+        where.options(placement_group=group, scheduling_strategy="SPREAD").remote()
+    for wrong in ({"placement_group": "x"}, {"scheduling_strategy": InGroup("x")}):
+        for kind in (where, Actor):
+            with pytest.raises(AssertionError, match="must be a placement group"):
+                kind.options(**wrong).remote()
+
+
+def test_nodes_list_their_own_resources_only(ray, make, eventually):
+    before = ray.nodes()[0]["Resources"]
+    make([{"CPU": 1}])
+    eventually(lambda: [name for name in ray.cluster_resources() if "_group_" in name], "the group is known")
+    assert ray.nodes()[0]["Resources"] == before

@@ -82,7 +82,7 @@ def test_views_keep_memory(store: _core.Store) -> None:
 
 def test_life_and_info(store: _core.Store, lane: _core.Lane) -> None:
     handle = store.create(ID, 10, lane.address)
-    assert store.info(handle) == (ID, 10, lane.address, False)
+    assert store.info(handle) == (ID, 10, lane.address, False, False)
     assert store.get(handle) is None
     view = store.write_buffer(handle)
     assert not view.readonly and len(view) == 10
@@ -94,7 +94,7 @@ def test_life_and_info(store: _core.Store, lane: _core.Lane) -> None:
         store.write(handle, 0, b"x")
     with pytest.raises(ValueError):
         store.seal(handle)
-    assert store.info(handle) == (ID, 10, lane.address, True)
+    assert store.info(handle) == (ID, 10, lane.address, True, False)
     assert store.list_objects() == [(ID, handle, 10, lane.address, lane.address, True, False)]
     assert store.claim(handle)
     assert store.list_objects()[0][6] is True

@@ -182,15 +182,20 @@ def test_copies_come_once_and_from_the_second_place_when_the_first_dies():
     finish(simulator)
 
 
-def test_full_arena_is_told():
+def test_copies_come_to_a_full_arena_and_to_one_that_is_too_small():
     simulator = Simulator([CPUS, CPUS], seed=11, arena_bytes=1000)
     driver = simulator.add_driver(0)
     simulator.run(until=0.2)
-    object_id = IdMinter(driver.address, b"\0\0\0\1").put_id()
+    minter = IdMinter(driver.address, b"\0\0\0\1")
+    object_id, large_id = minter.put_id(), minter.put_id()
     simulator.raylets[0].arena.create(b"x" * 28, 800, True)
     driver.pull(object_id, 500, [[1, simulator.raylets[1].arena.create(object_id, 500, True)]])
+    driver.pull(large_id, 5000, [[1, simulator.raylets[1].arena.create(large_id, 5000, True, on_disk=True)]])
     simulator.run(until=10)
-    assert "no room" in driver.pulled[object_id].text
+    arena = simulator.raylets[0].arena
+    found = driver.pulled[object_id], driver.pulled[large_id]
+    assert all(isinstance(answer, ObjectLocal) for answer in found)
+    assert [answer.handle in arena.spilled for answer in found] == [False, True] and arena.used == 500
     finish(simulator)
 
 

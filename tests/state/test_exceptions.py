@@ -21,6 +21,7 @@ ARGUMENTS = {
     "ActorDiedError": ("ab12", "it died", True, False),
     "ActorUnavailableError": ("no network", b"\xab\x12"),
     "ObjectLostError": ("ab12", 5, "file:3", "detail"),
+    "ObjectReconstructionFailedError": ("ab12", "OBJECT_UNRECONSTRUCTABLE_PUT", "made by put", 5, "file:3"),
     "RpcError": ("lost", 14),
     "RaySystemError": ("inner", "remote traceback"),
     "IllegalTransition": ("task 3", "DONE", "TaskFinished", ["PENDING", "DONE"]),
@@ -110,8 +111,12 @@ def test_fields_of_object_errors():
     for name in CLASSES:
         if issubclass(CLASSES[name], exceptions.ObjectLostError):
             error = make(name)
-            assert (error.object_ref_hex, error.owner_address, error.call_site, error.detail) == ("ab12", 5, "file:3", "detail")
+            assert (error.object_ref_hex, error.owner_address, error.call_site) == ("ab12", 5, "file:3")
             assert "ab12" in str(error)
+    error = make("ObjectReconstructionFailedError")
+    assert (error.reason, error.reason_message) == ("OBJECT_UNRECONSTRUCTABLE_PUT", "made by put") and "made by put" in str(error)
+    assert "max_retries" in str(exceptions.ObjectReconstructionFailedError("ab", "OBJECT_UNRECONSTRUCTABLE_RETRIES_DISABLED"))
+    assert exceptions.ObjectLostError("ab", 5, "file:3", "detail").detail == "detail"
 
 
 def test_history_of_an_illegal_transition():

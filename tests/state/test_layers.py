@@ -52,6 +52,7 @@ GROUPS = {
     "serving": Group(2, "serving", beside="deciding core"),  # what the two servers share
     "transport": Group(2, "transport"),
     "core": Group(2, "_core"),
+    "spilling": Group(2, "spilling", beside="core"),
     "messages": Group(1, "protocol serialize"),
     "basis": Group(0, "as_ray exceptions ids config clock version worker_log"),
     "slurm": Group(0, "slurm", beside="basis"),

@@ -592,17 +592,71 @@ def test_own_copy_is_found_at_once():
     assert len(node.take(p.PullFailed)) == 1
 
 
-def test_arena_full_is_hopeless_after_a_while():
+def spills(node):
+    """The SpillObjects since the last look, as (total, largest)."""
+    found = [a for a in node.actions if isinstance(a, e.SpillObjects)]
+    node.actions = [a for a in node.actions if not isinstance(a, e.SpillObjects)]
+    return [(action.total, action.largest) for action in found]
+
+
+def test_room_is_made_for_all_who_ask_one_spill_at_a_time():
+    """ROOM-1, ROOM-2"""
     node = Node()
-    answers = []
-    for number in range(20):
-        node.tell(p.ArenaFullNotice(number, 5000), ME)
-        node.pass_time(2)
-        answers += node.take(p.ArenaRoom)
-        if answers[-1].error:
-            break
-    assert len(answers) == 10
-    assert "5000 bytes" in answers[-1].error
+    node.tell(p.ArenaFullNotice(1, 300), ME)
+    node.tell(p.ArenaFullNotice(2, 350), OTHER)
+    node.tell(p.ArenaFullNotice(3, 400), ME)
+    assert spills(node) == [(300, 300)]
+    node.tell(e.ObjectsSpilled(500, 320), 0)
+    assert node.take(p.ArenaRoom) == [p.ArenaRoom(1)]
+    assert spills(node) == [(750, 400)]
+    node.tell(e.ObjectsSpilled(300, 370), 0)
+    assert node.take(p.ArenaRoom, OTHER) == [p.ArenaRoom(2)]
+    assert node.take(p.ArenaRoom, ME) == [p.ArenaRoom(3, on_disk=True)]  # ROOM-3: the rest is in use
+    assert spills(node) == [] and not node.state.wanting and not node.state.served
+
+
+def test_what_is_larger_than_the_store_goes_to_a_file_at_once():
+    node = Node()
+    node.tell(p.ArenaFullNotice(1, node.state.arena_bytes + 1), ME)
+    assert node.take(p.ArenaRoom) == [p.ArenaRoom(1, on_disk=True)] and spills(node) == []
+
+
+def test_a_full_disk_is_told_to_those_who_got_no_room():
+    node = Node()
+    node.tell(p.ArenaFullNotice(1, 300), ME)
+    node.tell(e.ObjectsSpilled(100, 200, "the disk is full", "OutOfDiskError"), 0)
+    assert node.take(p.ArenaRoom) == [p.ArenaRoom(1, "the disk is full", "OutOfDiskError", True)]
+    node.tell(p.ArenaFullNotice(2, 150), ME)
+    node.tell(e.ObjectsSpilled(0, 200, "the disk is full", "OutOfDiskError"), 0)
+    assert node.take(p.ArenaRoom) == [p.ArenaRoom(2)]
+
+
+def test_who_died_waits_for_room_no_more():
+    node = Node()
+    node.tell(p.ArenaFullNotice(1, 300), ME)
+    node.tell(p.ArenaFullNotice(2, 350), OTHER)
+    node.state.forget_asker(OTHER)
+    node.tell(e.ObjectsSpilled(300, 300), 0)
+    assert len(spills(node)) == 1 and [m.request_id for m in node.take(p.ArenaRoom)] == [1]
+
+
+def test_a_pull_without_room_spills_then_goes_to_a_file():
+    node = Node()
+    node.see(1, 4)
+    object_id = b"o" * 28
+    node.tell(p.PullObject(object_id, 10, [[1, 7]]), ME)
+    for _ in range(3):  # others are faster each time
+        node.tell(e.CopyAllocated(1, 0), 0)
+        assert spills(node) == [(10, 10)]
+        node.tell(e.ObjectsSpilled(10, 10), 0)
+    node.tell(e.CopyAllocated(1, 0), 0)
+    assert [a.on_disk for a in node.actions if isinstance(a, e.AllocateCopy)] == [False] * 4 + [True]
+    node.tell(e.CopyAllocated(1, 55), 0)
+    assert [t.handle for t in node.take(p.TransferObject)] == [55]
+    other = b"q" * 28
+    node.tell(p.PullObject(other, 10, [[1, 8]]), ME)
+    node.tell(e.CopyAllocated(2, 0, "the disk is full"), 0)
+    assert node.take(p.PullFailed) == [p.PullFailed(other, 0, "the disk is full")]
 
 
 def test_orphans_go_to_their_owners():

@@ -144,6 +144,7 @@ void reader(std::shared_ptr<Segment> segment) {
                     pins.pop_back();
                     break;
                 case 10:
+                    if (random() % 2) store.spill(g_shared->objects[random() % 64].load());
                     store.remove(g_shared->objects[random() % 64].load());
                     break;
                 case 11:

@@ -81,13 +81,106 @@ TEST(arena_full_says_what_there_is) {
     for (u64 handle : handles) store.abort(handle);
     // All of it in one piece again.
     u64 all = store.create(kId, (1 << 20) - 192, 0);
+    CHECK_THROWS(ArenaFull, store.create(kId, 100, 0));
+    store.abort(store.create(kId, 1 << 20, 0, kKindFrame));  // STORE-6
     store.abort(all);
     lane->close(0);
     check_empty(*s);
 }
 
-TEST(slots_run_out_like_memory) {
+TEST(spilled_objects_keep_their_handles) {
+    auto s = make_segment(65536, 1 << 20);
+    auto lane = Lane::open(s, -1), other = Lane::open(s, -1);
+    Store& store = lane->store();
+    u64 size, free, largest, before = s->header().heap_used.load();
+    u64 old = store.create(kId, 100000, lane->address());
+    CHECK(store.victims().empty() && !store.spill(old));  // not sealed
+    store.seal(old);
+    u64 young = store.create(kId, 200000, lane->address());
+    store.seal(young);
+    auto victims = store.victims();
+    CHECK(victims.size() == 2 && victims[0].handle == old && victims[0].size == 100000 && victims[1].handle == young);
+    CHECK(other->store().pin(old, size));  // used by now, and in use
+    CHECK(store.victims().size() == 1 && !store.spill(old) && store.info(old)->sealed && !store.info(old)->on_disk);
+    other->store().unpin(old);
+    CHECK(store.victims()[0].handle == young);
+    CHECK(store.spill(old) && !store.spill(old) && store.info(old)->sealed && store.info(old)->on_disk);
+    CHECK(other->store().pin(old, size) == nullptr && store.claim(old) && store.list().size() == 2);
+    CHECK(store.remove(young) == Removed::kFromArena && s->header().heap_used.load() == before);
+    store.room(free, largest);
+    CHECK(free == 1 << 20 && largest == free - 64 && store.statistics().spilled == 1);
+    CHECK(other->store().remove(old) == Removed::kFromDisk && store.remove(old) == Removed::kGone && !store.info(old));
+    // Made outside of the arena from the start; aborted, and lost with its creator.
+    u64 outside = store.create_on_disk(kId, 1 << 30, other->address());
+    CHECK_THROWS(std::invalid_argument, store.write_address(outside, size));
+    CHECK(!store.info(outside)->sealed && store.info(outside)->on_disk);
+    store.seal(outside);
+    CHECK(store.info(outside)->sealed && s->header().heap_used.load() == before);
+    store.abort(store.create_on_disk(kId, 5, 0));
+    other->close(0);  // the owner
+    CHECK(!store.info(outside));
+    lane->close(0);
+    check_empty(*s);
+}
+
+TEST(a_spill_that_was_killed_is_finished_by_repair) {
+    for (bool pinned : {false, true}) {
+        auto s = make_segment(65536, 1 << 20);
+        auto lane = Lane::open(s, -1);
+        Store& store = lane->store();
+        u64 handle = store.create(kId, 100000, lane->address());
+        store.seal(handle);
+        u64 size;
+        if (pinned) CHECK(store.pin(handle, size));
+        s->slot(handle_slot(handle)).word.store(slot_word(kSlotSpilled, handle_generation(handle)));
+        {
+            Segment::Lock lock(*s);
+            heap_repair(*s);
+        }
+        std::vector<std::string> problems;
+        heap_validate(*s, problems);
+        CHECK(problems.empty() && store.info(handle)->on_disk == !pinned);
+        if (pinned) store.unpin(handle);
+        store.remove(handle);
+        lane->close(0);
+        check_empty(*s);
+    }
+}
+
+TEST(spilling_while_others_read) {
     auto s = make_segment(65536, 4 << 20);
+    auto lane = Lane::open(s, -1), other = Lane::open(s, -1);
+    std::atomic<bool> over{false};
+    std::atomic<u64> current{0};
+    std::thread reader([&] {
+        u64 size;
+        while (!over.load()) {
+            u64 handle = current.load();
+            if (const char* data = other->store().pin(handle, size)) {
+                CHECK(u64(data[0]) == handle % 100 && data[size - 1] == data[0]);  // else its block had gone
+                other->store().unpin(handle);
+            }
+        }
+    });
+    u64 spilled = 0;
+    for (int i = 0; i < 20000; i++) {
+        u64 handle = lane->store().create(kId, 10000, lane->address()), size;
+        char* data = lane->store().write_address(handle, size);
+        memset(data, int(handle % 100), size);
+        lane->store().seal(handle);
+        current.store(handle);
+        spilled += lane->store().spill(handle);
+        CHECK(lane->store().remove(handle) != Removed::kGone);
+    }
+    over.store(true);
+    reader.join();
+    CHECK(spilled > 0);
+    lane->close(0), other->close(0);
+    check_empty(*s);
+}
+
+TEST(slots_run_out_like_memory) {
+    auto s = make_segment(65536, 16 << 20);
     auto lane = Lane::open(s, -1);
     std::vector<u64> handles;
     try {
