@@ -132,9 +132,6 @@ def init(
             raise RuntimeError(f"Unknown keyword argument(s): {', '.join(sorted(kwargs))}; see help(hpc_ray.init)")
         _refuse_what_is_not_offered(
             local_mode=local_mode,
-            include_dashboard=include_dashboard,
-            dashboard_host=dashboard_host,
-            dashboard_port=dashboard_port,
             job_config=job_config,
             logging_config=logging_config,
             runtime_env=runtime_env,
@@ -186,9 +183,6 @@ def init(
 
 _INSTEAD = {
     "local_mode": "it was removed from Ray; run the function without remote() to debug it",
-    "include_dashboard": "there is no web page yet; use the state functions",
-    "dashboard_host": "there is no web page yet",
-    "dashboard_port": "there is no web page yet",
     "job_config": "give runtime environments to tasks and actors",
     "logging_config": "use logging_level and logging_format",
     "runtime_env": "give it to tasks and actors by their option runtime_env",
@@ -332,6 +326,8 @@ def shutdown(*, wait_for_processes: bool = True, _exiting_interpreter: bool = Fa
         client.interrupts.remove()
         if client.broken is None:
             _show_last_lines(client)
+            if attachment.detached:
+                client.records.leave()
             client.send(GCS_ADDRESS, FinishJob(client.job_id))
             client.send(client.raylet, ProcessLeaving("shutdown"))
             client.lane.flush()

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from hpc_ray.client import context
 from hpc_ray.client.objects import ARENA, ERROR, FREED, READY, Entry, State
+from hpc_ray.client.records import now_ns
 from hpc_ray.client.refs import ObjectRef
 from hpc_ray.client.streams import DYNAMIC, ObjectRefGenerator, Stream
 from hpc_ray.exceptions import (
@@ -118,12 +119,15 @@ class Task:
         "attempt",
         "cancelled",
         "contained",
+        "created",
         "dependencies",
         "id",
         "lane",
         "parent",
         "retries_left",
         "returns",
+        "seat",
+        "sent",
         "stream",
         "submitter",
         "template",
@@ -146,6 +150,9 @@ class Task:
         self.stream: Stream | None = None
         parent = context.task.get()
         self.parent = None if parent is None else parent.task_id  # the task that made this call
+        self.created = now_ns()
+        self.sent = 0  # when; 0 while this attempt is not sent
+        self.seat: Any = None  # for the records: the Lease, or the ActorInfo, that it was sent to
 
     @property
     def worker(self) -> int:
@@ -262,6 +269,7 @@ class CallPacker:
 
     def finish(self, task: Task, results: list[Result]) -> None:
         """Hand out the results and let go of the arguments (TASK-3)."""
+        self.client.records.note_call(task, results)
         objects = self.objects
         keep = False
         if task.stream is not None:
@@ -389,7 +397,8 @@ class Scheduler:
             lease.busy_since = client.now()
         lease.inflight[task.id] = task
         lease.load_ns += function.cost_ns + CALL_NS
-        task.lane = lease
+        task.lane = task.seat = lease
+        task.sent = now_ns()
         client.send(
             lease.worker,
             PushTask(
@@ -575,6 +584,7 @@ class TaskSubmitter:
         else:
             scheduler.settle(lease)
         if message.retryable and task.retries_left != 0 and not task.cancelled:
+            self.client.records.note_call(task, message.results)
             self.retry(task)
         else:
             del self.tasks[task.id]
@@ -587,11 +597,14 @@ class TaskSubmitter:
         """The worker takes no more tasks; it has given back none, so what we sent ahead goes elsewhere."""
         scheduler = lease.scheduler
         scheduler.give_back(lease, reusable=False)
-        self.requeue(scheduler, list(lease.inflight.values()))
+        tasks = list(lease.inflight.values())
+        lease.inflight.clear()
+        self.requeue(scheduler, tasks)
 
     def requeue(self, scheduler: Scheduler, tasks: list[Task]) -> None:
         for task in reversed(tasks):
             task.lane = None
+            task.sent = 0
             task.attempt += 1
             scheduler.queue.appendleft(task)
         scheduler.pump()
@@ -601,6 +614,7 @@ class TaskSubmitter:
             task.retries_left -= 1
         task.attempt += 1
         task.lane = None
+        task.sent = 0
         if self.packer.wait_for_dependencies(task, self.ready):
             self.ready(task)
 
@@ -696,7 +710,9 @@ class TaskSubmitter:
                 self.end(head)
                 self.packer.fail(head, WorkerCrashedError(text))
             else:
+                self.client.records.note_call(head, [Result(ERROR, dumps(WorkerCrashedError(text)))])
                 self.retry(head)
+        lease.inflight.clear()  # records keep the lease
         self.requeue(scheduler, tasks)
 
     def on_node_died(self, node: int, text: str) -> None:

@@ -37,7 +37,7 @@ GROUPS = {
     "facade": Group(6, "."),
     "public": Group(
         5,
-        "actor api cloudpickle cluster_utils experimental job_config options placement remote_function runtime_context"
+        "actor api cloudpickle cluster_utils experimental job_config observation options placement remote_function runtime_context"
         " runtime_env session types util",
     ),
     "worker": Group(4, "worker"),
