@@ -40,7 +40,7 @@ if TYPE_CHECKING:
     from hpc_ray.client.tasks import Task, Template
 
 LONGEST_ERROR = 4096  # bytes of a pickled error that is kept as it is; of a larger one the text is kept, so much of it
-now_ns = time.perf_counter_ns  # as cheap as it gets; rows have times of the epoch
+now_ns = time.monotonic_ns  # as cheap as it gets; rows have times of the epoch
 
 # What the state API calls the errors that are not raised by the user's code; a subclass comes before its base.
 _ERROR_TYPES: dict[type[BaseException], str] = {

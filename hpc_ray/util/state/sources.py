@@ -77,6 +77,8 @@ _REASONS = {
 def _death(row: dict[str, Any]) -> dict[str, Any] | None:
     if not row["death_kind"]:
         return None
+    if row["death_kind"] == "INIT_FAILED":
+        return {"creation_task_failure_context": {"formatted_exception_string": row["death_text"]}}
     text = {"error_message": row["death_text"], "reason": _REASONS.get(row["death_kind"], row["death_kind"])}
     described = {
         "actor_id": bytes(row["actor_id"]).hex(),
