@@ -86,7 +86,9 @@ class Asking:
         found, late = client.query_all(others, name, self.timeout_s, **arguments)
         self.missing += late
         with client.lock:
-            found[client.address] = client.records.questions[name](**arguments)
+            own = client.records.question(name)
+            if own is not None:
+                found[client.address] = own(**arguments)
         return found
 
 
@@ -257,22 +259,28 @@ def timeline(filename: str | os.PathLike[str] | None = None) -> list[dict[str, A
     Raises:
         OSError: the file cannot be written.
     """
+    events = trace_events()
+    if filename is None:
+        return events
+    with open(filename, "w", encoding="utf-8") as file:
+        json.dump(events, file)
+    return None
+
+
+def trace_events() -> list[dict[str, Any]]:
+    """What ``timeline`` gives. Blocks."""
     ensure_connected()
     asking = Asking(timeout_s=_PATIENCE_S)
     activity = Activity(asking)
     if asking.missing:
-        warnings.warn(f"{asking.missing} processes are too busy to answer; what they ran is missing", stacklevel=2)
+        warnings.warn(f"{asking.missing} processes are too busy to answer; what they ran is missing", stacklevel=3)
     events = [event for attempt in activity.attempts if attempt.started and attempt.ended for event in _events(attempt)]
     for span, process in activity.spans:
         extra = {**span.extra, "task_id": span.task_id.hex()} if span.task_id else dict(span.extra)
         name, color = str(extra.pop("name", span.name)), str(extra.pop("cname", "generic_work"))
         events.append(_event(span.name, name, process, span.started, span.ended, color, extra))
     events.sort(key=lambda event: event["ts"])
-    if filename is None:
-        return events
-    with open(filename, "w", encoding="utf-8") as file:
-        json.dump(events, file)
-    return None
+    return events
 
 
 def _events(attempt: Attempt) -> Iterable[dict[str, Any]]:

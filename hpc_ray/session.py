@@ -8,6 +8,7 @@ import os
 import sys
 import threading
 import uuid
+import warnings
 from collections.abc import Mapping
 from typing import Any
 
@@ -23,6 +24,7 @@ from hpc_ray.version import __version__
 
 _lock = threading.RLock()
 _attachment: Any = None
+_dashboard: Any = None
 
 
 class Context(Mapping):
@@ -33,7 +35,7 @@ class Context(Mapping):
         self.python_version = ".".join(map(str, sys.version_info[:3]))
         self.ray_version = __version__
         self.ray_commit = ""
-        self.dashboard_url = ""
+        self.dashboard_url = address_info["webui_url"] or ""
 
     def __getitem__(self, key: str) -> Any:
         return self.address_info[key]
@@ -102,6 +104,10 @@ def init(
         ignore_reinit_error: a second ``init`` keeps the session instead of raising.
         configure_logging, logging_level, logging_format: of the logger "hpc_ray" in this process.
         log_to_driver: show what workers print (default: yes).
+        include_dashboard: serve a page on the session, its lists as JSON and its metrics from this process; the context's
+            ``dashboard_url`` says where. Default: if a host or port is given. Needs the extra ``dashboard``; without that there
+            is a warning and no page.
+        dashboard_host, dashboard_port: where; default: 127.0.0.1 and the first free port from 8265 on.
         namespace: of named actors; default: one of its own.
         num_nodes (keyword): this many virtual nodes, which share nothing but MPI; the amounts are each node's.
         _system_config (keyword): settings by name, see ``config.Settings``.
@@ -113,6 +119,7 @@ def init(
         ValueError, TypeError, AssertionError: amounts or names that cannot be.
         ConnectionError: there is no cluster at this address.
         LaunchError: the cluster did not come up.
+        OSError: the dashboard's port is taken.
     """
     global _attachment
     with _lock:
@@ -165,10 +172,7 @@ def init(
             refused = [name for name, value in {**given, "num_nodes": num_nodes}.items() if value is not None]
             if refused:
                 raise ValueError(f"When connecting to an existing cluster, {', '.join(refused)} must not be provided: it has its own.")
-            try:
-                attachment = local.attach(address, build=__version__)
-            except LaunchError as error:
-                raise ConnectionError(str(error)) from None
+            attachment = _attach(address)
         try:
             client = _connect(attachment, namespace, settings.log_to_driver if log_to_driver is None else log_to_driver)
             if world.in_world() and num_nodes is None:
@@ -178,7 +182,34 @@ def init(
             raise
         _attachment = attachment
         atexit.register(shutdown)
+        if include_dashboard or (include_dashboard is None and (dashboard_host is not None or dashboard_port is not None)):
+            serve_dashboard(dashboard_host, dashboard_port)
         return Context(_address_info(client))
+
+
+def serve_dashboard(host: str | None, port: int | None) -> str | None:
+    """Serve a page on this process's session, until it ends; host and port. None where what that needs is not installed; then a
+    warning says so.
+
+    Raises:
+        OSError: the port is taken; the session has ended then.
+    """
+    global _dashboard
+    try:
+        from hpc_ray.dashboard.server import Dashboard
+    except ImportError as error:
+        warnings.warn(
+            f"there is no dashboard, since {error.name} is not installed; the session goes on without. "
+            "Install it with pip install 'hpc-ray[dashboard]'",
+            stacklevel=3,
+        )
+        return None
+    try:
+        _dashboard = Dashboard(host, port)
+    except OSError:
+        shutdown()
+        raise
+    return _dashboard.address
 
 
 _INSTEAD = {
@@ -246,6 +277,30 @@ def _set_resources(
     client.query(GCS_ADDRESS, "set_resources", resources=units, labels=labels or {})
 
 
+def _attach(address: str) -> Any:
+    try:
+        return local.attach(address, build=__version__)
+    except LaunchError as error:
+        raise ConnectionError(str(error)) from None
+
+
+def observe(address: str | None) -> None:
+    """Join a running session without being a program of it: for commands that only look.
+
+    Raises:
+        ConnectionError: there is no session at this address (default: the newest).
+    """
+    global _attachment
+    with _lock:
+        attachment = _attach(address or "auto")
+        client = Client(attachment.segment, attachment.lane, attachment.config, ProcessKind.DRIVER, attachment.worker_id, os.getpid())
+        client.adopt(attachment.welcome, attachment.early)
+        attachment.on_node_death = lambda text: client.fail(LocalRayletDiedError(f"the session is over: {text}"))
+        context.set_client(client)
+        _attachment = attachment
+        atexit.register(shutdown)
+
+
 def _connect(attachment: Any, namespace: str | None, log_to_driver: bool) -> Client:
     config = attachment.config
     client = Client(attachment.segment, attachment.lane, config, ProcessKind.DRIVER, attachment.worker_id, os.getpid())
@@ -289,6 +344,7 @@ def _address_info(client: Client) -> dict[str, Any]:
         "session": welcome.session,
         "session_dir": welcome.session_dir,
         "address": welcome.session,
+        "webui_url": _dashboard.address if _dashboard is not None else None,
     }
 
 
@@ -312,12 +368,15 @@ def install_as_ray() -> None:
 
 def shutdown(*, wait_for_processes: bool = True, _exiting_interpreter: bool = False) -> None:
     """End this process's session; a cluster that ``init`` started ends with it. Blocks until it has. Harmless without one."""
-    global _attachment
+    global _attachment, _dashboard
     with _lock:
         client, attachment = context.client, _attachment
         if client is None:
             return
         atexit.unregister(shutdown)
+        if _dashboard is not None:
+            _dashboard.close()
+            _dashboard = None
         context.set_client(None)
         _attachment = None
         if attachment is None:
@@ -326,8 +385,10 @@ def shutdown(*, wait_for_processes: bool = True, _exiting_interpreter: bool = Fa
         client.interrupts.remove()
         if client.broken is None:
             _show_last_lines(client)
-            if attachment.detached:
+            if attachment.detached:  # others will ask what ran here
                 client.records.leave()
+                with client.lock:
+                    client.tasks.give_back_idle()
             client.send(GCS_ADDRESS, FinishJob(client.job_id))
             client.send(client.raylet, ProcessLeaving("shutdown"))
             client.lane.flush()

@@ -17,6 +17,7 @@ from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 from hpc_ray import exceptions
+from hpc_ray.client import context
 from hpc_ray.exceptions import RayTaskError
 from hpc_ray.protocol import (
     Answer,
@@ -108,14 +109,17 @@ class Records:
     # -------------------------------------------------------------- questions
 
     def on_query(self, source: int, message: Query) -> None:
-        question = self.questions.get(message.name)
+        question = self.question(message.name)
         try:
             if question is None:
-                raise ValueError(f"a process has no {message.name!r}; it has {', '.join(self.questions)}")
+                raise ValueError(f"this process has no {message.name!r}; it has {', '.join({**self.questions, **context.questions})}")
             answer = Answer(message.request_id, question(**message.arguments))
         except Exception as error:  # whoever waits is answered
             answer = Answer(message.request_id, None, str(error), type(error).__name__)
         self.client.send(source, answer)
+
+    def question(self, name: str) -> Callable[..., Any] | None:
+        return self.questions.get(name) or context.questions.get(name)
 
     def leave(self) -> None:
         """Hand over to the raylet (RECORD-3)."""

@@ -731,6 +731,12 @@ class TaskSubmitter:
             scheduler.tick(now)
         return bool(self.leases or self.by_request)
 
+    def give_back_idle(self) -> None:
+        """No more tasks will come: idle workers may leave in order."""
+        for scheduler in self.schedulers.values():
+            for lease in list(scheduler.idle):
+                scheduler.give_back(lease)
+
     def starved(self) -> bool:
         """Whether tasks wait for a worker; then a blocked process should say so at once."""
         return bool(self.by_request)

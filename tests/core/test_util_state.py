@@ -138,10 +138,10 @@ def test_attempts_and_errors(ray, gate, eventually):
     gate.await_arrivals(2)
     ray.kill(actor)
     ray.cancel(cancelled)
-    for reference, error in ((reference, "ACTOR_DIED"), (cancelled, "TASK_CANCELLED")):
+    for failed, error in ((reference, "ACTOR_DIED"), (cancelled, "TASK_CANCELLED")):
         with pytest.raises(exceptions.RayError):
-            ray.get(reference)
-        assert [(row.state, row.error_type) for row in rows_of(reference)] == [("FAILED", error)]
+            ray.get(failed)
+        assert [(row.state, row.error_type) for row in rows_of(failed)] == [("FAILED", error)]
     (row,) = state.list_tasks(filters=[("name", "=", "failing:Fails.__init__")])
     assert (row.type, row.state, row.func_or_class_name) == ("ACTOR_CREATION_TASK", "FINISHED", "Fails.__init__")
 
