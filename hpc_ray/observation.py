@@ -133,15 +133,15 @@ class Activity:
     def __init__(self, asking: Asking):
         processes = asking.processes()
         self.places = {process.address: process for process in processes}
-        histories: list[History] = []
-        for node, rows in asking.raylets("dead_workers"):
+        share = max(100, MOST_ROWS // max(1, len(processes)))
+        answers = asking.each(processes, "history", limit=share)
+        known = {address: msgspec.convert(answer, History) for address, answer in answers.items()}
+        for node, rows in asking.raylets("dead_workers"):  # after those that live, as they may end meanwhile
             for row in rows:
                 self.places[row["address"]] = _process(node, row)
         for _, left in asking.raylets("left_histories"):
-            histories += [msgspec.msgpack.decode(data, type=History) for data in left]
-        share = max(100, MOST_ROWS // max(1, len(processes)))
-        for answer in asking.each(processes, "history", limit=share).values():
-            histories.append(answer if isinstance(answer, History) else msgspec.convert(answer, History))
+            known.update((history.address, history) for history in (msgspec.msgpack.decode(data, type=History) for data in left))
+        histories = list(known.values())
         self._runs = {(run.task_id, run.attempt): (run, history.address) for history in histories for run in history.runs}
         self.spans: list[tuple[SpanRow, Process | None]] = [
             (span, self.places.get(history.address)) for history in histories for span in history.spans

@@ -16,7 +16,7 @@ from hpc_ray import as_ray
 from hpc_ray.client import context
 from hpc_ray.client.client import Client, Waiter
 from hpc_ray.config import Settings
-from hpc_ray.exceptions import LaunchError, LocalRayletDiedError
+from hpc_ray.exceptions import LaunchError, LocalRayletDiedError, RayError
 from hpc_ray.ids import GCS_ADDRESS
 from hpc_ray.launcher import local, world
 from hpc_ray.protocol import UNIT, FinishJob, FollowLogs, LogLines, ProcessKind, ProcessLeaving, RegisterJob
@@ -385,16 +385,27 @@ def shutdown(*, wait_for_processes: bool = True, _exiting_interpreter: bool = Fa
         client.interrupts.remove()
         if client.broken is None:
             _show_last_lines(client)
-            if attachment.detached:  # others will ask what ran here
-                client.records.leave()
-                with client.lock:
-                    client.tasks.give_back_idle()
+            if attachment.detached:
+                _leave_history(client)
             client.send(GCS_ADDRESS, FinishJob(client.job_id))
             client.send(client.raylet, ProcessLeaving("shutdown"))
             client.lane.flush()
         client.close()
         attachment.close()
         client.let_go()
+
+
+def _leave_history(client: Client) -> None:
+    """The cluster goes on, and others may ask what ran here: this program's records go to the raylet, and its idle workers are
+    given back, so that they leave theirs too. The raylet's answer makes sure that it has heard of this before the GCS's word that the
+    job is over."""
+    client.records.leave()
+    with client.lock:
+        client.tasks.give_back_idle()
+    try:
+        client.query(client.raylet, "statistics", _LAST_LINES_S)
+    except (KeyboardInterrupt, RayError):
+        pass  # in a hurry, or the node is gone
 
 
 def _show_last_lines(client: Client) -> None:

@@ -453,6 +453,12 @@ class Scheduler:
         self.submitter.by_request[request_id] = self
         self.client.send(raylet_address(node), RequestLease(request_id, self.shape, count, redirected))
 
+    def withdraw(self) -> None:
+        """No more workers are wanted."""
+        for request_id, (node, _) in list(self.requests.items()):
+            self.forget(request_id)
+            self.client.send(raylet_address(node), ResizeLeaseRequest(request_id, 0))
+
     def one_answered(self, request_id: int) -> None:
         request = self.requests.get(request_id)
         if request is not None:
@@ -500,9 +506,7 @@ class Scheduler:
     def tick(self, now: float) -> None:
         """Every 20 ms while there are leases or requests."""
         if not self.queue:
-            for request_id, (node, _) in list(self.requests.items()):
-                self.forget(request_id)
-                self.client.send(raylet_address(node), ResizeLeaseRequest(request_id, 0))
+            self.withdraw()
             for lease in list(self.idle):
                 if now - lease.idle_since >= self.client.settings.lease_idle_s:
                     self.give_back(lease)
@@ -734,6 +738,7 @@ class TaskSubmitter:
     def give_back_idle(self) -> None:
         """No more tasks will come: idle workers may leave in order."""
         for scheduler in self.schedulers.values():
+            scheduler.withdraw()
             for lease in list(scheduler.idle):
                 scheduler.give_back(lease)
 
