@@ -15,6 +15,7 @@ if not hasattr(hpc_ray, "init"):
 PUBLIC = {
     # functions
     "available_resources", "cancel", "cluster_resources", "get", "get_actor", "get_gpu_ids", "get_runtime_context", "init",
+    "install_as_ray",
     "is_initialized", "kill", "method", "nodes", "put", "remote", "shutdown", "timeline", "wait",
     # classes
     "ActorID", "DynamicObjectRefGenerator", "JobID", "NodeID", "ObjectID", "ObjectRef", "ObjectRefGenerator",
