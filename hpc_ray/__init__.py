@@ -21,6 +21,7 @@ from hpc_ray.api import (
 from hpc_ray.client.refs import ObjectRef
 from hpc_ray.client.streams import DynamicObjectRefGenerator, ObjectRefGenerator
 from hpc_ray.ids import ActorID, JobID, NodeID, PlacementGroupID, TaskID, UniqueID, WorkerID
+from hpc_ray.observation import timeline
 from hpc_ray.runtime_context import get_runtime_context
 from hpc_ray.session import init, install_as_ray, is_initialized, shutdown
 from hpc_ray.version import __version__
@@ -57,6 +58,7 @@ __all__ = [
     "put",
     "remote",
     "shutdown",
+    "timeline",
     "util",
     "wait",
 ]

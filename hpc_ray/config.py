@@ -30,6 +30,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     idle_worker_s: float = 60.0  # idle workers beyond the number of CPUs end after this
     prestart_workers: int = -1  # -1: as many as CPUs, at most 8
     report_interval_s: float = 0.1  # resource reports to the GCS
+    task_history: int = 10_000  # tasks that a process remembers for ``list_tasks`` and ``timeline``; 0: none
     start_timeout_s: float = 60.0  # for nodes and workers to come up
     max_lineage_bytes: int = 256 << 20  # of records in each process of how its large results were made
     log_to_driver: bool = True

@@ -180,6 +180,77 @@ class NodeInfo(msgspec.Struct, frozen=True, array_like=True):
     pending: list[Resources] = []  # shapes that wait for room there
 
 
+class CallRow(msgspec.Struct, frozen=True, array_like=True, gc=False):
+    """One attempt of a task or an actor's call, as its submitter knows it. Times are ns of the epoch; 0: not yet."""
+
+    task_id: bytes
+    attempt: int
+    kind: str  # NORMAL_TASK, ACTOR_TASK
+    name: str
+    function: str
+    state: str  # PENDING_ARGS_AVAIL, PENDING_NODE_ASSIGNMENT, SUBMITTED_TO_WORKER, FINISHED, FAILED
+    parent: bytes  # task that made the call; empty: the driver
+    actor_id: bytes
+    worker: int  # address of the process that has or had it; 0: none
+    pid: int
+    created: int
+    sent: int
+    ended: int
+    error_type: str = ""
+    error_text: str = ""
+    resources: Resources = {}
+    group_id: bytes = b""
+    runtime_env: str = ""
+
+
+class RunRow(msgspec.Struct, frozen=True, array_like=True, gc=False):
+    """One attempt as the process that ran it knows it. Times are ns of the epoch; 0: not yet, or never."""
+
+    task_id: bytes
+    attempt: int
+    kind: str  # NORMAL_TASK, ACTOR_CREATION_TASK, ACTOR_TASK
+    name: str
+    function: str
+    state: str  # RUNNING, RUNNING_IN_RAY_GET, RUNNING_IN_RAY_WAIT, FINISHED, FAILED
+    actor_id: bytes
+    started: int
+    called: int  # the arguments were there
+    returned: int  # the user's code was done
+    ended: int  # the results were packed
+
+
+class SpanRow(msgspec.Struct, frozen=True, array_like=True, gc=False):
+    """A span of user code, named by ``util.profiling.profile``. Times are ns of the epoch."""
+
+    name: str
+    task_id: bytes
+    started: int
+    ended: int
+    extra: dict[str, Any]
+
+
+class History(msgspec.Struct, frozen=True, array_like=True, gc=False):
+    """What one process remembers of tasks."""
+
+    worker_id: bytes
+    address: int
+    pid: int
+    is_driver: bool
+    calls: list[CallRow]
+    runs: list[RunRow]
+    spans: list[SpanRow]
+
+
+class ObjectRow(msgspec.Struct, frozen=True, array_like=True, gc=False):
+    """An object, as one of the processes that refer to it knows it."""
+
+    object_id: bytes
+    size: int  # bytes; -1: not known
+    task_status: str
+    attempt: int
+    reference: str  # LOCAL_REFERENCE, PINNED_IN_MEMORY, USED_BY_PENDING_TASK, CAPTURED_IN_OBJECT, ACTOR_HANDLE
+
+
 # ------------------------------------------------------------------ any process → its raylet, and back
 
 
@@ -212,6 +283,13 @@ class ProcessLeaving(Message, tag=3):
     reason: str = ""
 
 
+class LeaveHistory(Message, tag=9):
+    """worker, driver → raylet, ahead of ProcessLeaving: keep this for those who list tasks."""
+
+    rows: int
+    history: bytes  # a packed History
+
+
 class ProcessDied(Message, tag=4):
     """raylet → every process of its node, and → GCS; GCS → raylets of other nodes. No answer."""
 
@@ -231,9 +309,11 @@ class NodeDied(Message, tag=5):
 
 
 class Shutdown(Message, tag=6):
-    """driver or launcher → GCS → raylets → processes: the session ends; leave in order now."""
+    """driver or launcher → GCS → raylets → processes: the session ends; leave in order now. raylet → worker: you are not needed
+    any more."""
 
     reason: str = ""
+    keep_history: bool = False  # the session goes on: send LeaveHistory
 
 
 class EnvironmentFailed(Message, tag=7):
@@ -626,8 +706,8 @@ class FinishJob(Message, tag=60):
 
 
 class Query(Message, tag=61):
-    """any → GCS or raylet: a question of the control plane (``nodes``, ``kv_get``, ``list_actors`` …) with arguments by
-    name. Answer: Answer. The names are the ``query_…`` methods of the role's state."""
+    """any → GCS, raylet, worker or driver: a question (``nodes``, ``kv_get``, ``list_actors`` …) with arguments by name.
+    Answer: Answer. The names are the ``query_…`` methods of the role's state; of workers and drivers, ``Records.questions``."""
 
     request_id: int
     name: str
@@ -670,7 +750,7 @@ class ReportResources(Message, tag=72):
     pending: list[Resources] = []
 
 
-class SetResources(Message, tag=120):
+class SetResources(Message, tag=96):
     """GCS → raylet: have these amounts and labels from now on; ``without``: and none of these resources. What is not mentioned is
     as the node was configured. Answered by ResourcesSet."""
 
@@ -679,7 +759,7 @@ class SetResources(Message, tag=120):
     without: list[str] = []
 
 
-class ResourcesSet(Message, tag=121):
+class ResourcesSet(Message, tag=97):
     """raylet → GCS: the node has them; a ReportResources went before this."""
 
     node: int
@@ -866,6 +946,9 @@ ALL_MESSAGES: tuple[type[Message], ...] = tuple(
 _encoder = msgspec.msgpack.Encoder()
 encode = _encoder.encode
 """Bytes of a message."""
+
+pack = encode
+"""Bytes of a part of a message that those in between need not read."""
 
 _decoder = msgspec.msgpack.Decoder(Union[ALL_MESSAGES])  # noqa: UP007 (made from a tuple)
 decode = _decoder.decode

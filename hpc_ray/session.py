@@ -10,6 +10,7 @@ import os
 import sys
 import threading
 import uuid
+import warnings
 from collections.abc import Mapping
 from typing import Any
 
@@ -17,7 +18,7 @@ from hpc_ray import as_ray
 from hpc_ray.client import context
 from hpc_ray.client.client import Client, Waiter
 from hpc_ray.config import Settings
-from hpc_ray.exceptions import LaunchError, LocalRayletDiedError
+from hpc_ray.exceptions import LaunchError, LocalRayletDiedError, RayError
 from hpc_ray.ids import GCS_ADDRESS, raylet_address
 from hpc_ray.job_config import JobConfig
 from hpc_ray.launcher import local, world
@@ -36,6 +37,7 @@ from hpc_ray.version import __version__
 
 _lock = threading.RLock()
 _attachment: Any = None
+_dashboard: Any = None
 
 
 class Context(Mapping):
@@ -46,7 +48,7 @@ class Context(Mapping):
         self.python_version = ".".join(map(str, sys.version_info[:3]))
         self.ray_version = __version__
         self.ray_commit = ""
-        self.dashboard_url = ""
+        self.dashboard_url = address_info["webui_url"] or ""
 
     def __getitem__(self, key: str) -> Any:
         return self.address_info[key]
@@ -115,6 +117,10 @@ def init(
         ignore_reinit_error: a second ``init`` keeps the session instead of raising.
         configure_logging, logging_level, logging_format: of the logger "hpc_ray" in this process.
         log_to_driver: show what workers print (default: yes).
+        include_dashboard: serve a page on the session, its lists as JSON and its metrics from this process; the context's
+            ``dashboard_url`` says where. Default: if a host or port is given. Needs the extra ``dashboard``; without that there
+            is a warning and no page.
+        dashboard_host, dashboard_port: where; default: 127.0.0.1 and the first free port from 8265 on.
         namespace: of named actors; default: that of job_config, or one of its own.
         runtime_env: of all tasks and actors that do not say another (see ``RuntimeEnv``). Local folders are sent to the nodes.
         job_config: a ``JobConfig``; ``runtime_env`` and ``namespace`` go before its own.
@@ -130,6 +136,7 @@ def init(
         ValueError, TypeError, AssertionError: amounts, names or a runtime environment that cannot be.
         ConnectionError: there is no cluster at this address.
         LaunchError: the cluster did not come up.
+        OSError: the dashboard's port is taken.
     """
     global _attachment
     with _lock:
@@ -152,9 +159,6 @@ def init(
             raise RuntimeError(f"Unknown keyword argument(s): {', '.join(sorted(kwargs))}; see help(hpc_ray.init)")
         _refuse_what_is_not_offered(
             local_mode=local_mode,
-            include_dashboard=include_dashboard,
-            dashboard_host=dashboard_host,
-            dashboard_port=dashboard_port,
             logging_config=logging_config,
             enable_resource_isolation=enable_resource_isolation,
             system_reserved_cpu=system_reserved_cpu,
@@ -189,10 +193,7 @@ def init(
             refused = [name for name, value in {**given, "num_nodes": num_nodes}.items() if value is not None]
             if refused:
                 raise ValueError(f"When connecting to an existing cluster, {', '.join(refused)} must not be provided: it has its own.")
-            try:
-                attachment = local.attach(address, build=__version__)
-            except LaunchError as error:
-                raise ConnectionError(str(error)) from None
+            attachment = _attach(address)
         try:
             client = _connect(attachment, namespace, job, settings.log_to_driver if log_to_driver is None else log_to_driver)
             if world.in_world() and num_nodes is None:
@@ -202,14 +203,38 @@ def init(
             raise
         _attachment = attachment
         atexit.register(shutdown)
+        if include_dashboard or (include_dashboard is None and (dashboard_host is not None or dashboard_port is not None)):
+            serve_dashboard(dashboard_host, dashboard_port)
         return Context(_address_info(client))
+
+
+def serve_dashboard(host: str | None, port: int | None) -> str | None:
+    """Serve a page on this process's session, until it ends; host and port. None where what that needs is not installed; then a
+    warning says so.
+
+    Raises:
+        OSError: the port is taken; the session has ended then.
+    """
+    global _dashboard
+    try:
+        from hpc_ray.dashboard.server import Dashboard
+    except ImportError as error:
+        warnings.warn(
+            f"there is no dashboard, since {error.name} is not installed; the session goes on without. "
+            "Install it with pip install 'hpc-ray[dashboard]'",
+            stacklevel=3,
+        )
+        return None
+    try:
+        _dashboard = Dashboard(host, port)
+    except OSError:
+        shutdown()
+        raise
+    return _dashboard.address
 
 
 _INSTEAD = {
     "local_mode": "it was removed from Ray; run the function without remote() to debug it",
-    "include_dashboard": "there is no web page yet; use the state functions",
-    "dashboard_host": "there is no web page yet",
-    "dashboard_port": "there is no web page yet",
     "logging_config": "use logging_level and logging_format",
     "enable_resource_isolation": "the launcher (Slurm, systemd) owns the cgroups",
     "system_reserved_cpu": "say num_cpus instead",
@@ -293,6 +318,30 @@ def _set_resources(
     client.query(GCS_ADDRESS, "set_resources", resources=units, labels=labels or {})
 
 
+def _attach(address: str) -> Any:
+    try:
+        return local.attach(address, build=__version__)
+    except LaunchError as error:
+        raise ConnectionError(str(error)) from None
+
+
+def observe(address: str | None) -> None:
+    """Join a running session without being a program of it: for commands that only look.
+
+    Raises:
+        ConnectionError: there is no session at this address (default: the newest).
+    """
+    global _attachment
+    with _lock:
+        attachment = _attach(address or "auto")
+        client = Client(attachment.segment, attachment.lane, attachment.config, ProcessKind.DRIVER, attachment.worker_id, os.getpid())
+        client.adopt(attachment.welcome, attachment.early)
+        attachment.on_node_death = lambda text: client.fail(LocalRayletDiedError(f"the session is over: {text}"))
+        context.set_client(client)
+        _attachment = attachment
+        atexit.register(shutdown)
+
+
 def _connect(attachment: Any, namespace: str | None, job: JobConfig, log_to_driver: bool) -> Client:
     config = attachment.config
     client = Client(attachment.segment, attachment.lane, config, ProcessKind.DRIVER, attachment.worker_id, os.getpid())
@@ -358,6 +407,7 @@ def _address_info(client: Client) -> dict[str, Any]:
         "session": welcome.session,
         "session_dir": welcome.session_dir,
         "address": welcome.session,
+        "webui_url": _dashboard.address if _dashboard is not None else None,
     }
 
 
@@ -381,12 +431,15 @@ def install_as_ray() -> None:
 
 def shutdown(*, wait_for_processes: bool = True, _exiting_interpreter: bool = False) -> None:
     """End this process's session; a cluster that ``init`` started ends with it. Blocks until it has. Harmless without one."""
-    global _attachment
+    global _attachment, _dashboard
     with _lock:
         client, attachment = context.client, _attachment
         if client is None:
             return
         atexit.unregister(shutdown)
+        if _dashboard is not None:
+            _dashboard.close()
+            _dashboard = None
         context.set_client(None)
         context.runtime_env, context.detached = "", None
         _attachment = None
@@ -396,12 +449,27 @@ def shutdown(*, wait_for_processes: bool = True, _exiting_interpreter: bool = Fa
         client.interrupts.remove()
         if client.broken is None:
             _show_last_lines(client)
+            if attachment.detached:
+                _leave_history(client)
             client.send(GCS_ADDRESS, FinishJob(client.job_id))
             client.send(client.raylet, ProcessLeaving("shutdown"))
             client.lane.flush()
         client.close()
         attachment.close()
         client.let_go()
+
+
+def _leave_history(client: Client) -> None:
+    """The cluster goes on, and others may ask what ran here: this program's records go to the raylet, and its idle workers are
+    given back, so that they leave theirs too. The raylet's answer makes sure that it has heard of this before the GCS's word that the
+    job is over."""
+    client.records.leave()
+    with client.lock:
+        client.tasks.give_back_idle()
+    try:
+        client.query(client.raylet, "statistics", _LAST_LINES_S)
+    except (KeyboardInterrupt, RayError):
+        pass  # in a hurry, or the node is gone
 
 
 def _show_last_lines(client: Client) -> None:

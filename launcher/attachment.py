@@ -13,6 +13,8 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+import msgspec
+
 from hpc_ray import _core
 from hpc_ray.config import NodeConfig, decode_config
 from hpc_ray.exceptions import LaunchError
@@ -183,7 +185,13 @@ def connect(
     if note is None or not descriptors:
         connection.close()
         raise LaunchError(f"node {node} of session {session_name!r} ended while we attached")
-    config = decode_config(note["config"])
+    try:
+        config = decode_config(note["config"])
+    except msgspec.ValidationError as error:
+        connection.close()
+        for descriptor in descriptors:
+            os.close(descriptor)
+        raise LaunchError(f"session {session_name!r} was made by another version of hpc_ray ({error})") from None
     segment = _core.Segment.attach(descriptors[0])
     os.close(descriptors[0])  # the segment keeps a duplicate
     attachment = Attachment(

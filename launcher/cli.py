@@ -1,4 +1,4 @@
-"""The command line: ``hpc-ray run``, ``start``, ``stop``, ``status``.
+"""The command line: ``hpc-ray run``, ``start``, ``stop``, ``status``; and the way to those of ``hpc_ray.commands``.
 
 ``run`` is two things. Outside of an MPI job it starts one (mpirun, this program in each rank) and stays as its supervisor; inside
 of one it is a rank. The exit code is the script's in both.
@@ -9,6 +9,7 @@ CLI-2 (exit code): mpirun's is not believed; rank 0 reports the script's over a 
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import signal
@@ -68,7 +69,24 @@ def _amounts(command: Any) -> Any:
     return command
 
 
-@click.group(context_settings={"help_option_names": ["-h", "--help"]})
+class _Commands(click.Group):
+    """The commands of this module, and those that need a client, which are loaded when one of them is called."""
+
+    def get_command(self, context: click.Context, name: str) -> click.Command | None:
+        own = super().get_command(context, name)
+        if own is not None or name not in _LOOKING:
+            return own
+        return importlib.import_module(_LOOKING_MODULE).COMMANDS[name]
+
+    def list_commands(self, context: click.Context) -> list[str]:
+        return [*super().list_commands(context), *_LOOKING]
+
+
+_LOOKING_MODULE = "hpc_ray.commands"  # by name: the launcher knows nothing of the layers above it
+_LOOKING = ("list", "get", "summary", "logs", "timeline", "dashboard")
+
+
+@click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__, prog_name="hpc-ray")
 def cli() -> None:
     """Ray's programming model for MPI and Slurm machines."""
@@ -315,7 +333,7 @@ def main() -> None:
     """Entry of the ``hpc-ray`` program: our own errors are one line, without a traceback."""
     try:
         cli(standalone_mode=True)
-    except RayError as error:
+    except (RayError, ConnectionError) as error:
         place = world.discover()
         if place is None or place.rank == 0:
             _fail(str(error))

@@ -18,6 +18,7 @@ from collections import deque
 from typing import TYPE_CHECKING, Any
 
 from hpc_ray.client.objects import FREED, Entry, State
+from hpc_ray.client.records import now_ns
 from hpc_ray.client.refs import ObjectRef
 from hpc_ray.client.tasks import CallPacker, Task, Template
 from hpc_ray.exceptions import (
@@ -46,7 +47,7 @@ from hpc_ray.protocol import (
     SubscribeActor,
     TaskReply,
 )
-from hpc_ray.serialize import loads
+from hpc_ray.serialize import dumps, loads
 
 if TYPE_CHECKING:
     from hpc_ray.client.client import Client
@@ -222,7 +223,7 @@ class ActorSubmitter:
 
     def admit(self, link: ActorLink, task: Task) -> None:
         """The call is one of the actor's until ``end``."""
-        task.lane = link
+        task.lane = task.seat = link
         self.calls[task.id] = task
         link.pending += 1
         if link.pending == 1 and link.scope is not None:
@@ -256,6 +257,8 @@ class ActorSubmitter:
             dependencies = []
         template = task.template
         link.inflight[task.id] = task
+        task.seat = link.info
+        task.sent = now_ns()
         self.client.send(
             link.address,
             PushTask(
@@ -284,6 +287,7 @@ class ActorSubmitter:
         link = task.lane
         link.inflight.pop(task.id, None)
         if message.retryable and task.retries_left != 0 and not task.cancelled:
+            self.client.records.note_call(task, message.results)
             self.again(link, task)
             self.flush(link)
             return
@@ -294,6 +298,7 @@ class ActorSubmitter:
         if task.retries_left > 0:
             task.retries_left -= 1
         task.attempt += 1
+        task.sent, task.seat = 0, link
         link.queue.append(task)
 
     def is_under_way(self, task: Task) -> bool:
@@ -349,16 +354,19 @@ class ActorSubmitter:
             return
         tasks = list(link.inflight.values())
         link.inflight.clear()
+        text = cause.text if cause is not None else "its process died and it is being restarted"
+        error = Result(ResultKind.ERROR, dumps(ActorUnavailableError(text, link.id)))
         for task in reversed(tasks):
             if task.retries_left != 0 and not task.cancelled:
+                self.client.records.note_call(task, [error])
                 if task.retries_left > 0:
                     task.retries_left -= 1
                 task.attempt += 1
+                task.sent, task.seat = 0, link
                 link.queue.appendleft(task)
             else:
                 self.end(task)
-                text = cause.text if cause is not None else "its process died and it is being restarted"
-                self.packer.fail(task, ActorUnavailableError(text, link.id))
+                self.packer.fail(task, error)
 
     def fail_all(self, link: ActorLink) -> None:
         error = death_error(link.id, link.class_name, link.cause, link.info)

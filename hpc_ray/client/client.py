@@ -17,7 +17,7 @@ import threading
 import time
 import traceback
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from hpc_ray import exceptions, serialize
@@ -26,6 +26,7 @@ from hpc_ray.client import refs
 from hpc_ray.client.actors import ActorSubmitter
 from hpc_ray.client.interrupts import AGAIN_S, Interrupts
 from hpc_ray.client.objects import ARENA, ERROR, FREED, INLINE, READY, Entry, ObjectTable
+from hpc_ray.client.records import Records
 from hpc_ray.client.refs import ObjectRef
 from hpc_ray.client.tasks import CallPacker, Function, TaskSubmitter
 from hpc_ray.config import NodeConfig
@@ -156,7 +157,7 @@ class Client:
         self.callbacks: deque[Callable[[], None]] = deque()  # user's; run outside the lock
         self.on_blocked: Callable[[], None] | None = None  # set by workers
         self.on_unblocked: Callable[[], None] | None = None
-        self.on_shutdown: Callable[[str], None] | None = None
+        self.on_shutdown: Callable[[Shutdown], None] | None = None
         self.on_log: Callable[[LogLines], None] | None = None
         self._log_lines: deque[LogLines] = deque()
         self._showing = threading.Lock()
@@ -167,6 +168,8 @@ class Client:
         self.dead: set[int] = set()  # processes that are known to be gone
         self.dead_nodes: set[int] = set()
         self.pull_waiters: dict[bytes, list[Callable[[], None]]] = {}
+        self.in_wait = False  # a thread is in ``wait``, for those who list tasks
+        self.records = Records(self)
         self.objects = ObjectTable(self)
         self.packer = CallPacker(self)
         self.tasks = TaskSubmitter(self, self.packer)
@@ -306,6 +309,28 @@ class Client:
         if answer.error:
             raise _error_class(answer.error_kind)(answer.error)
         return answer.value
+
+    def query_all(
+        self, destinations: Iterable[int], name: str, timeout_s: float, /, **arguments: Any
+    ) -> tuple[dict[int, Any], int]:
+        """Ask several processes at once; what those answered that live, and how many were late. Blocks."""
+        requests = {destination: (next(self._request_ids), _Request(destination)) for destination in destinations}
+        deadline = self.now() + timeout_s
+        with self.lock:
+            self._requests.update(requests.values())
+        try:
+            for destination, (request_id, request) in requests.items():
+                if not self.send(destination, Query(request_id, name, arguments)):
+                    request.finish()
+            for _, request in requests.values():
+                self.block(request, max(0.0, deadline - self.now()))
+        finally:
+            with self.lock:
+                for request_id, _ in requests.values():
+                    self._requests.pop(request_id, None)
+        answers = {destination: request.answer for destination, (_, request) in requests.items()}
+        late = sum(not request.done for _, request in requests.values())
+        return {at: answer.value for at, answer in answers.items() if answer is not None and not answer.error}, late
 
     # -------------------------------------------------------------- messages in
 
@@ -529,7 +554,7 @@ class Client:
 
     def _on_shutdown(self, source: int, message: Shutdown) -> None:
         if self.on_shutdown is not None:
-            self.on_shutdown(message.reason)
+            self.on_shutdown(message)
         else:
             self.fail(LocalRayletDiedError(f"the session was shut down: {message.reason}"))
 
@@ -765,9 +790,11 @@ class Client:
                 for entry in unready:
                     self._wake_when_ready(entry, waiter, waiter.one)
         if needed > 0:
+            self.in_wait = True
             try:
                 self.block(waiter, timeout_s)
             finally:
+                self.in_wait = False
                 waiter.left = len(unready)  # some were not waited for
                 self.withdraw(waiter)
         ready, count = [], 0

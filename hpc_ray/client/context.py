@@ -6,6 +6,7 @@ The two process-wide facts of the runtime. Set by ``init`` and by the worker; re
 from __future__ import annotations
 
 import contextvars
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -49,6 +50,7 @@ class ActorContext:
 task: contextvars.ContextVar[TaskContext | None] = contextvars.ContextVar("hpc_ray_task", default=None)
 captured: bytes = b""  # worker: the placement group that what is started here inherits
 cancelled: set[bytes] = set()  # worker: running tasks that somebody has cancelled
+questions: dict[str, Callable[..., Any]] = {}  # what modules above answer to a Query, besides ``Records.questions``
 instances: dict[str, list[list[int]]] = {}  # worker: the accelerators it was given, GPU → [[index, amount], …]
 
 

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from hpc_ray.client import context
 from hpc_ray.client.objects import ARENA, ERROR, FREED, READY, Entry, State
+from hpc_ray.client.records import now_ns
 from hpc_ray.client.refs import ObjectRef
 from hpc_ray.client.streams import DYNAMIC, ObjectRefGenerator, Stream
 from hpc_ray.exceptions import (
@@ -118,6 +119,7 @@ class Task:
         "attempt",
         "cancelled",
         "contained",
+        "created",
         "dependencies",
         "id",
         "lane",
@@ -125,6 +127,8 @@ class Task:
         "record_bytes",
         "retries_left",
         "returns",
+        "seat",
+        "sent",
         "stream",
         "submitter",
         "template",
@@ -148,6 +152,9 @@ class Task:
         self.stream: Stream | None = None
         parent = context.task.get()
         self.parent = None if parent is None else parent.task_id  # the task that made this call
+        self.created = now_ns()
+        self.sent = 0  # when; 0 while this attempt is not sent
+        self.seat: Any = None  # for the records: the Lease, or the ActorInfo, that it was sent to
 
     @property
     def worker(self) -> int:
@@ -288,6 +295,7 @@ class CallPacker:
 
     def finish(self, task: Task, results: list[Result]) -> None:
         """Hand out the results and let go of the arguments (TASK-3)."""
+        self.client.records.note_call(task, results)
         objects = self.objects
         if task.stream is not None:
             task.stream.end(results[0] if results else None)
@@ -474,7 +482,8 @@ class Scheduler:
             lease.busy_since = client.now()
         lease.inflight[task.id] = task
         lease.load_ns += function.cost_ns + CALL_NS
-        task.lane = lease
+        task.lane = task.seat = lease
+        task.sent = now_ns()
         client.send(
             lease.worker,
             PushTask(
@@ -529,6 +538,12 @@ class Scheduler:
         self.submitter.by_request[request_id] = self
         self.client.send(raylet_address(node), RequestLease(request_id, self.shape, count, redirected))
 
+    def withdraw(self) -> None:
+        """No more workers are wanted."""
+        for request_id, (node, _) in list(self.requests.items()):
+            self.forget(request_id)
+            self.client.send(raylet_address(node), ResizeLeaseRequest(request_id, 0))
+
     def one_answered(self, request_id: int) -> None:
         request = self.requests.get(request_id)
         if request is not None:
@@ -576,9 +591,7 @@ class Scheduler:
     def tick(self, now: float) -> None:
         """Every 20 ms while there are leases or requests."""
         if not self.queue:
-            for request_id, (node, _) in list(self.requests.items()):
-                self.forget(request_id)
-                self.client.send(raylet_address(node), ResizeLeaseRequest(request_id, 0))
+            self.withdraw()
             for lease in list(self.idle):
                 if now - lease.idle_since >= self.client.settings.lease_idle_s:
                     self.give_back(lease)
@@ -660,6 +673,7 @@ class TaskSubmitter:
         else:
             scheduler.settle(lease)
         if message.retryable and task.retries_left != 0 and not task.cancelled:
+            self.client.records.note_call(task, message.results)
             self.retry(task)
         else:
             del self.tasks[task.id]
@@ -672,11 +686,14 @@ class TaskSubmitter:
         """The worker takes no more tasks; it has given back none, so what we sent ahead goes elsewhere."""
         scheduler = lease.scheduler
         scheduler.give_back(lease, reusable=False)
-        self.requeue(scheduler, list(lease.inflight.values()))
+        tasks = list(lease.inflight.values())
+        lease.inflight.clear()
+        self.requeue(scheduler, tasks)
 
     def requeue(self, scheduler: Scheduler, tasks: list[Task]) -> None:
         for task in reversed(tasks):
             task.lane = None
+            task.sent = 0
             task.attempt += 1
             scheduler.queue.appendleft(task)
         scheduler.pump()
@@ -686,6 +703,7 @@ class TaskSubmitter:
             task.retries_left -= 1
         task.attempt += 1
         task.lane = None
+        task.sent = 0
         if self.packer.wait_for_dependencies(task, self.ready):
             self.ready(task)
 
@@ -774,7 +792,9 @@ class TaskSubmitter:
                 self.end(head)
                 self.packer.fail(head, WorkerCrashedError(text))
             else:
+                self.client.records.note_call(head, [Result(ERROR, dumps(WorkerCrashedError(text)))])
                 self.retry(head)
+        lease.inflight.clear()  # records keep the lease
         self.requeue(scheduler, tasks)
 
     def on_node_died(self, node: int, text: str) -> None:
@@ -792,6 +812,13 @@ class TaskSubmitter:
         for scheduler in self.schedulers.values():
             scheduler.tick(now)
         return bool(self.leases or self.by_request)
+
+    def give_back_idle(self) -> None:
+        """No more tasks will come: idle workers may leave in order."""
+        for scheduler in self.schedulers.values():
+            scheduler.withdraw()
+            for lease in list(scheduler.idle):
+                scheduler.give_back(lease)
 
     def starved(self) -> bool:
         """Whether tasks wait for a worker; then a blocked process should say so at once."""

@@ -68,6 +68,8 @@ class ActorRecord(msgspec.Struct):
     pid: int = 0
     cause: DeathCause | None = None  # while DEAD; while RESTARTING, of the last process
     stopping: bool = False  # told to end after the calls it has
+    created_at: float = 0.0  # seconds of the epoch
+    ready_at: float = 0.0  # of the last time that its constructor had ended well; 0: never
 
 
 class Actor:
@@ -118,6 +120,7 @@ class Actors(Part):
                 return
             self.names[spec.namespace, spec.name] = spec.actor_id
         actor = Actor(spec)
+        actor.record.created_at = self.now + self.epoch_offset
         self.actors[spec.actor_id] = actor
         self.waiting_actors[spec.actor_id] = None
         if not spec.detached:
@@ -198,6 +201,7 @@ class Actors(Part):
         self._set_address(actor, event.address)
         self._step(actor, ActorState.ALIVE, "ActorReady")
         actor.record.cause = None
+        actor.record.ready_at = self.now + self.epoch_offset
         self._save(actor, "ready")
         self._publish(actor)
 
@@ -441,6 +445,9 @@ class Actors(Part):
             "runtime_env": spec.shape.runtime_env,
             "group_id": spec.shape.group_id,
             "call_site": spec.call_site,
+            "creation_task_id": spec.creation_task_id,
+            "created_at": record.created_at,
+            "ready_at": record.ready_at,
             "death_kind": cause.kind if cause else "",
             "death_text": cause.text if cause else "",
         }

@@ -35,8 +35,6 @@ class Job(msgspec.Struct):
 class Jobs(Part):
     """See the module's text."""
 
-    epoch_offset = 0.0  # time of day minus the clock of events
-
     def init_jobs(self) -> None:
         self.jobs: dict[bytes, Job] = {}
         self._next_job = 1

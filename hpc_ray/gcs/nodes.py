@@ -45,6 +45,7 @@ class Nodes(Part):
         self.nodes: dict[int, NodeInfo] = {}
         self.views: dict[int, NodeView] = {}
         self.view_changed = False
+        self._times: dict[int, tuple[float, float]] = {}  # from when to when (0: lives), seconds of the epoch
         self._sequences: dict[int, int] = {}
         self._untold: dict[int, None] = {}  # nodes whose change has not been broadcast
         self._view_at = 0.0
@@ -81,6 +82,7 @@ class Nodes(Part):
         self.nodes[info.index] = info
         self.views[info.index] = NodeView(info)
         self._sequences[info.index] = 0
+        self._times[info.index] = (self.now + self.epoch_offset, 0.0)
         self.view_changed = True
         self.send(source, NodeRegistered())
         self.send(source, ClusterView([node for node in self.nodes.values() if node.index != info.index]))
@@ -163,6 +165,7 @@ class Nodes(Part):
         self.history.add(f"node {index}", self.now, f"died: {text}")
         self.nodes[index] = msgspec.structs.replace(info, alive=False, death=text, available={}, pending=[])
         self.views[index].alive = False
+        self._times[index] = (self._times[index][0], self.now + self.epoch_offset)
         self._untold[index] = None
         self.set_timer("view", max(self._view_at, self.now))
         self.tell_raylets(NodeDied(index, info.node_id, text))
@@ -188,6 +191,8 @@ class Nodes(Part):
                 "arena_bytes": info.arena_bytes,
                 "death": info.death,
                 "raylet": address_of(info.index, 0),
+                "start_time": self._times[info.index][0],
+                "end_time": self._times[info.index][1],
             }
             for info in self.nodes.values()
         ]

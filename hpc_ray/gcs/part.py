@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 class Part(Machine):
     """Names that cross the files' borders."""
 
+    epoch_offset = 0.0  # time of day minus the clock of events
     views: dict[int, NodeView]
     view_changed: bool  # room may have appeared: try again what waits
     asker: tuple[int, int]  # address and request id of the Query being answered

@@ -10,6 +10,7 @@ from typing import Any
 import msgspec
 
 from hpc_ray.machine import Action
+from hpc_ray.protocol import Query
 
 # ------------------------------------------------------------------ actions
 
@@ -78,6 +79,13 @@ class FindCopy(Action, frozen=True, gc=False):
 
     object_id: bytes
     handle: int
+
+
+class AnswerFromLogs(Action, frozen=True, gc=False):
+    """Answer a Query about the files of the node's log folder."""
+
+    asker: int
+    query: Query
 
 
 # ------------------------------------------------------------------ events

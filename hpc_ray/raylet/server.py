@@ -15,10 +15,11 @@ from hpc_ray._core import Lane, Segment, Store
 from hpc_ray.config import NodeConfig
 from hpc_ray.exceptions import RayError
 from hpc_ray.ids import RAYLET_LANE, node_of, owner_of
-from hpc_ray.protocol import ProcessExited, encode
+from hpc_ray.protocol import Answer, ProcessExited, encode
 from hpc_ray.raylet.events import (
     AbortCopy,
     AllocateCopy,
+    AnswerFromLogs,
     AskForkServer,
     CopyAllocated,
     CopyFound,
@@ -32,6 +33,7 @@ from hpc_ray.raylet.events import (
     SealCopy,
     SpillObjects,
 )
+from hpc_ray.raylet.logs import LogFolder
 from hpc_ray.raylet.state import WHOLE_NODE, RayletState
 from hpc_ray.serving import Server
 from hpc_ray.spilling import ObjectFiles
@@ -62,6 +64,7 @@ class RayletServer(Server):
             SealCopy: self._seal,
             AbortCopy: self._abort,
             FindCopy: self._find,
+            AnswerFromLogs: self._answer_from_logs,
         }
         super().__init__(state, lane, performers=performers)
         self.segment = segment
@@ -74,6 +77,7 @@ class RayletServer(Server):
         fork_server.setblocking(True)  # one that does not read is one that ends the node
         self._lane = lane
         self._silent: list[int] = []
+        self._logs = LogFolder(os.path.join(state.config.session_dir, "logs"))
         self._raylet = state
 
     def arrange(self, batch: list[tuple[int, bytes]]) -> list[tuple[int, Any]]:
@@ -180,6 +184,14 @@ class RayletServer(Server):
     def _abort(self, action: AbortCopy) -> None:
         self.store.abort(action.handle)
         self.files.remove(action.handle)
+
+    def _answer_from_logs(self, action: AnswerFromLogs) -> None:
+        query = action.query
+        try:
+            answer = Answer(query.request_id, getattr(self._logs, query.name)(**query.arguments))
+        except (OSError, TypeError, ValueError) as error:
+            answer = Answer(query.request_id, None, str(error), "ValueError")
+        self._send(action.asker, encode(answer))
 
     def _find(self, action: FindCopy) -> CopyFound:
         found = self.store.info(action.handle)

@@ -37,13 +37,14 @@ from hpc_ray.protocol import (
 )
 from hpc_ray.raylet.bundles import Bundles
 from hpc_ray.raylet.copies import Copies
-from hpc_ray.raylet.events import DeleteOwned
+from hpc_ray.raylet.events import AnswerFromLogs, DeleteOwned
 from hpc_ray.raylet.resources import ResourcePool
 from hpc_ray.raylet.room import Room
 from hpc_ray.raylet.workers import Workers, WorkerState
 from hpc_ray.scheduling import NodeView
 
 REPORT_NODES = 64  # from this many nodes on reports become rarer, so that the GCS gets a bounded number of them
+LOG_QUESTIONS = ("list_logs", "read_log")  # the server answers them (``raylet.logs``)
 WHOLE_NODE = 0xFFFF << 32  # lane that stands for all lanes of a node in DeleteOwned
 
 
@@ -261,9 +262,12 @@ class RayletState(Workers, Bundles, Copies, Room):
 
     @handles(Query)
     def on_query(self, event: Query, source: int) -> None:
+        if event.name in LOG_QUESTIONS:
+            self.act(AnswerFromLogs(source, event))
+            return
         method = getattr(self, "query_" + event.name, None)
         if method is None:
-            known = ", ".join(name[6:] for name in dir(self) if name.startswith("query_"))
+            known = ", ".join([*LOG_QUESTIONS, *(name[6:] for name in dir(self) if name.startswith("query_"))])
             self.send(
                 source, Answer(event.request_id, None, f"a raylet has no {event.name!r}; it has {known}", "ValueError")
             )
@@ -286,24 +290,47 @@ class RayletState(Workers, Bundles, Copies, Room):
                 "runtime_env": worker.env,
                 "address": worker.address,
                 "actor_id": worker.lease.actor_id if worker.lease else b"",
+                "asked_s": self.now - worker.asked_at,  # ago
+                "started_s": self.now - worker.started_at if worker.started_at else 0.0,
             }
             for worker in self.workers.values()
         ]
-        names = {0: "WORKER", 1: "DRIVER", 2: "RAYLET", 3: "GCS", 4: "LINK"}
         for peer in self.peers.values():
             rows.append(
                 {
                     "worker_id": peer.worker_id,
                     "pid": peer.pid,
                     "state": "ALIVE",
-                    "kind": names.get(peer.kind, "WORKER"),
+                    "kind": ProcessKind(peer.kind).name,
                     "job_id": b"",
                     "runtime_env": "",
                     "address": peer.address,
                     "actor_id": b"",
+                    "asked_s": 0.0,
+                    "started_s": self.now - peer.started_at,
                 }
             )
         return rows
+
+    def query_dead_workers(self) -> list[dict[str, Any]]:
+        return [
+            {
+                "worker_id": notice.worker_id,
+                "address": notice.address,
+                "pid": notice.pid,
+                "kind": ProcessKind(notice.kind).name,
+                "cause": notice.cause.kind,
+                "text": notice.cause.text,
+                "asked_s": self.now - asked_at if asked_at else 0.0,  # ago
+                "started_s": self.now - started_at,
+                "died_s": self.now - died_at,
+            }
+            for notice, asked_at, started_at, died_at in self.buried
+        ]
+
+    def query_left_histories(self) -> list[bytes]:
+        """What processes that have ended remembered of tasks, each a packed History."""
+        return [event.history for event in self.left]
 
     def query_leases(self) -> list[dict[str, Any]]:
         return [

@@ -9,6 +9,7 @@ after the notice nothing of its leases is left.
 from __future__ import annotations
 
 import enum
+from collections import deque
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
@@ -25,6 +26,7 @@ from hpc_ray.protocol import (
     FollowLogs,
     InstallEnvironment,
     KillProcess,
+    LeaveHistory,
     ProcessDied,
     ProcessExited,
     ProcessKind,
@@ -42,6 +44,8 @@ if TYPE_CHECKING:
 
 SIGKILL = 9
 MAX_START_FAILURES = 3  # in a row for one environment, before its requests get the error
+MAX_BURIED = 1000  # dead processes kept for questions about them
+MAX_LEFT_ROWS = 50_000  # of tasks, that ended processes have left
 START_RETRY_S = 1.0  # pause after that for workers that nobody asked for
 OTHER_IDLE_S = 1.0  # after that a worker's place may go to another environment
 
@@ -82,6 +86,8 @@ class Worker:
         self.last_owner = 0
         self.lease: Lease | None = None  # while LEASED or ACTOR, and while ENDING after those
         self.since = now  # of the present state
+        self.asked_at = now
+        self.started_at = 0.0  # from IDLE on
         self.leaving = ""  # said ProcessLeaving, why
         self.cause: DeathCause | None = None  # set when we end it
         self.kill_unforked = False  # to be killed as soon as its pid is known
@@ -90,7 +96,8 @@ class Worker:
 class Peer:
     """A process of the node that somebody else started: a driver, the link, an MPI worker."""
 
-    def __init__(self, address: int, kind: int, worker_id: bytes, pid: int):
+    def __init__(self, address: int, kind: int, worker_id: bytes, pid: int, now: float):
+        self.started_at = now
         self.address = address
         self.kind = kind
         self.worker_id = worker_id
@@ -113,6 +120,9 @@ class Workers(Part):
         self._start_failures: dict[str, int] = {}  # environment → failures in a row
         self.paused_until = 0.0
         self._next_token = 1
+        self.buried: deque[tuple[ProcessDied, float, float, float]] = deque(maxlen=MAX_BURIED)  # asked for, started, died at
+        self.left: deque[LeaveHistory] = deque()
+        self._left_rows = 0
 
     @property
     def cpus(self) -> int:
@@ -201,7 +211,7 @@ class Workers(Part):
             )
             return
         if not event.token or event.kind != ProcessKind.WORKER:
-            self.peers[source] = Peer(source, event.kind, event.worker_id, event.pid)
+            self.peers[source] = Peer(source, event.kind, event.worker_id, event.pid, self.now)
             self.history.add(f"process {source:#x}", self.now, f"started as {ProcessKind(event.kind).name}")
             self.send(source, self.welcome)
             return
@@ -209,7 +219,7 @@ class Workers(Part):
         if worker is None or worker.address:
             self._turn_away(source, "nobody waits for this worker any more")
             return
-        worker.address, worker.worker_id = source, event.worker_id
+        worker.address, worker.worker_id, worker.started_at = source, event.worker_id, self.now
         if not worker.pid:
             worker.pid = event.pid
             self.by_pid[event.pid] = worker
@@ -318,7 +328,7 @@ class Workers(Part):
             return
         worker.cause = DeathCause("EXITED", reason)
         self._begin_end(worker)
-        self.send(worker.address, Shutdown(reason))
+        self.send(worker.address, Shutdown(reason, not self.stopping))
         self.set_timer(f"reap:{worker.token}", self.now + self.settings.kill_on_exit_s)
 
     def _begin_end(self, worker: Worker) -> None:
@@ -351,6 +361,14 @@ class Workers(Part):
         if process is not None:
             process.leaving = event.reason or "it left"
 
+    @handles(LeaveHistory)
+    def on_leave_history(self, event: LeaveHistory, source: int) -> None:
+        """The latest rows are kept, whole histories at a time."""
+        self.left.append(event)
+        self._left_rows += event.rows
+        while len(self.left) > 1 and self._left_rows > MAX_LEFT_ROWS:
+            self._left_rows -= self.left.popleft().rows
+
     @handles(ProcessExited)
     def on_process_exited(self, event: ProcessExited, source: int) -> None:
         worker = self.by_pid.get(event.pid) if event.kind == ProcessKind.WORKER else None
@@ -368,7 +386,9 @@ class Workers(Part):
         cause = msgspec.structs.replace(cause, node_id=self.node_id, pid=worker.pid)
         self.forget(worker)
         if worker.address:
-            self.bury(worker.address, worker.worker_id, worker.pid, ProcessKind.WORKER, cause, bool(worker.job_id))
+            notice = ProcessDied(worker.address, worker.worker_id, worker.pid, ProcessKind.WORKER, cause)
+            self.buried.append((notice, worker.asked_at, worker.started_at, self.now))
+            self.bury(notice, bool(worker.job_id))
         if worker.lease is not None:
             self.close_lease(worker.lease, cause)
         if self.stopping:
@@ -383,7 +403,9 @@ class Workers(Part):
             kind, text = "EXITED", peer.leaving
         del self.peers[peer.address]
         cause = DeathCause(kind, text, node_id=self.node_id, pid=peer.pid)
-        self.bury(peer.address, peer.worker_id, peer.pid, peer.kind, cause, True)
+        notice = ProcessDied(peer.address, peer.worker_id, peer.pid, peer.kind, cause)
+        self.buried.append((notice, 0.0, peer.started_at, self.now))
+        self.bury(notice, True)
 
     def forget(self, worker: Worker) -> None:
         """The process is gone."""
@@ -396,13 +418,13 @@ class Workers(Part):
         self.by_address.pop(worker.address, None)
         self.dirty = True
 
-    def bury(self, address: int, worker_id: bytes, pid: int, kind: int, cause: DeathCause, known: bool) -> None:
+    def bury(self, notice: ProcessDied, known: bool) -> None:
         """A registered process is gone: free what it held, tell all who may have known it (WORKER-3)."""
+        address, cause = notice.address, notice.cause
         self.history.add(f"process {address:#x}", self.now, f"died: {cause.kind} {cause.text}")
         self.act(MarkDead(address))
         self.act(Reclaim(address))
         if known:
-            notice = ProcessDied(address, worker_id, pid, kind, cause)
             self.tell_local(notice)
             self.send(GCS_ADDRESS, notice)
         self.owner_died(address)

@@ -1,6 +1,7 @@
 """Counters, gauges and histograms of a program.
 
-Values are kept in the process that records them; ``collect`` gives what this process has. Series of equal name, kind and tags
+Values are kept in the process that records them; ``collect`` gives what this process has, and the dashboard's /metrics what all
+have. Series of equal name, kind and tags
 are one series, however many objects record it.
 """
 
@@ -11,6 +12,8 @@ import threading
 import warnings
 from bisect import bisect_left
 from typing import Any
+
+from hpc_ray.client import context
 
 _NAME = re.compile(r"[a-zA-Z_:][a-zA-Z0-9_:]*")
 _lock = threading.Lock()
@@ -216,5 +219,7 @@ def collect() -> list[dict[str, Any]]:
             for tags, value in table.items()
         ]
 
+
+context.questions["metrics"] = collect
 
 __all__ = ["Counter", "Gauge", "Histogram", "collect"]

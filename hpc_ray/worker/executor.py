@@ -17,7 +17,6 @@ import os
 import signal
 import sys
 import threading
-import time
 from collections import deque
 from typing import Any
 
@@ -26,6 +25,7 @@ from hpc_ray.client import context
 from hpc_ray.client.client import Client, Waiter
 from hpc_ray.client.context import LeaveProcess
 from hpc_ray.client.objects import ARENA, ERROR, Entry
+from hpc_ray.client.records import now_ns
 from hpc_ray.exceptions import TaskCancelledError
 from hpc_ray.ids import TaskID
 from hpc_ray.protocol import (
@@ -50,6 +50,8 @@ from hpc_ray.worker.hosting import ActorHost
 from hpc_ray.worker.output import set_job, set_task_name
 from hpc_ray.worker.results import Results
 
+Running = tuple[Any, context.TaskContext, int]  # thread id or asyncio.Task; who; since when (0: waits for its turn)
+
 
 class Executor:
     """See the module's text."""
@@ -60,7 +62,9 @@ class Executor:
         self.arrival: Waiter | None = None
         self.functions: dict[bytes, Any] = {}
         self.blobs: dict[bytes, bytes] = {}
-        self.running: dict[bytes, Any] = {}  # task id → thread id or asyncio.Task
+        self.running: dict[bytes, Running] = {}
+        self.blocked = False  # the main thread waits for objects
+        self.runs = client.records.runs
         self.cancelled = context.cancelled
         self.interruptible = b""  # the plain task that KeyboardInterrupt may end now
         self.actor: context.ActorContext | None = None
@@ -69,6 +73,7 @@ class Executor:
         self.leaving: str | None = None
         self.names: dict[tuple[bytes, str, bytes], tuple[str, str]] = {}  # what tasks are called
         self.status = 0  # exit code of the process
+        self.keep_history = True  # others may still ask what ran here
         self.calls: dict[bytes, int] = {}  # function id → runs, for max_calls
         self.lease = 0  # the lease whose tasks run now
         self.shape: Any = None
@@ -87,7 +92,8 @@ class Executor:
         )
         client.interrupts.wanted = lambda: self.interruptible in self.cancelled
         client.on_blocked = self.on_blocked
-        client.on_unblocked = lambda: self.post(client.raylet, WorkerUnblocked())
+        client.on_unblocked = self.on_unblocked
+        client.records.now_running = self.now_running
 
     # -------------------------------------------------------------- messages (under the client's lock)
 
@@ -155,6 +161,7 @@ class Executor:
 
     def on_blocked(self) -> None:
         client = self.client
+        self.blocked = True
         client.send(client.raylet, WorkerBlocked())
         if self.actor is None and self.queue:
             with client.lock:
@@ -162,15 +169,20 @@ class Executor:
                 for owner, lease_id in leases:
                     self.give_back(owner, lease_id)
 
+    def on_unblocked(self) -> None:
+        self.blocked = False
+        self.post(self.client.raylet, WorkerUnblocked())
+
     def on_cancel_task(self, source: int, message: CancelTask) -> None:
         waiting = [item for item in self.queue if type(item[1]) is PushTask and item[1].task_id == message.task_id]
         if waiting:
             self.queue.remove(waiting[0])
             self.client.callbacks.append(lambda: self.reply_cancelled(*waiting[0]))
             return
-        running = self.running.get(message.task_id)
-        if running is None:
+        found = self.running.get(message.task_id)
+        if found is None:
             return
+        running = found[0]
         self.cancelled.add(message.task_id)
         if message.recursive:
             self.cancel_children(message)
@@ -305,12 +317,14 @@ class Executor:
 
     def execute(self, source: int, task: PushTask) -> None:
         """Run a task to its end in this thread, and reply."""
-        started = time.perf_counter_ns()
+        started = now_ns()
+        called = returned = 0
+        failed = False
         if task.lease_id != self.lease:
             self.use_lease(task.lease_id)
         current = self.context_of(task)
         token = context.task.set(current)
-        self.running[task.task_id] = threading.get_ident()
+        running = self.running[task.task_id] = (threading.get_ident(), current, started)
         if not task.actor_id:
             set_task_name(task.name)
         loans: list[Entry] = []
@@ -318,6 +332,7 @@ class Executor:
             self.interruptible = b"" if task.actor_id else task.task_id
             try:
                 args, kwargs, loans = self.arguments(task)
+                called = now_ns()
                 if task.actor_id:
                     value = self.host.method_of(task)(*args, **kwargs)
                 else:
@@ -325,10 +340,11 @@ class Executor:
                 args = kwargs = None  # type: ignore[assignment]
                 if inspect.iscoroutine(value):
                     value = asyncio.run(_await(value))
+                returned = now_ns()
             finally:
                 self.running.pop(task.task_id, None)
             if task.num_returns < 0 and inspect.isgenerator(value):
-                self.running[task.task_id] = threading.get_ident()
+                self.running[task.task_id] = running
                 results = self.results.send_items(source, task, value)
             else:
                 results = self.results.pack_results(source, task, value)
@@ -346,11 +362,31 @@ class Executor:
             self.interruptible = b""
             args = kwargs = value = None  # type: ignore[assignment]
             results, retryable = self.results.pack_error(task, error)
+            failed = True
         finally:
             context.task.reset(token)
         if self.cancelled:
             self.cancelled.discard(task.task_id)  # too late
-        self.reply(source, task, results, loans, time.perf_counter_ns() - started, retryable)
+        ended = now_ns()
+        self.runs.append(
+            (task.task_id, task.attempt, current.name, current.function_name, started, called, returned, ended, failed)
+        )
+        self.reply(source, task, results, loans, ended - started, retryable)
+
+    def now_running(self) -> list[tuple]:
+        """What runs, as ``Records.runs`` has it, and its state."""
+        main = threading.main_thread().ident
+        found: list[tuple] = []
+        for task_id, (runner, current, started) in list(self.running.items()):
+            state = "RUNNING" if started else "PENDING_ACTOR_TASK_ORDERING_OR_CONCURRENCY"
+            if runner == main and self.blocked:
+                state = "RUNNING_IN_RAY_WAIT" if self.client.in_wait else "RUNNING_IN_RAY_GET"
+            found.append((task_id, current.attempt, current.name, current.function_name, started, 0, 0, 0, False, state))
+        if self.host.creating is not None:
+            current, started = self.host.creating
+            name = current.function_name
+            found.append((current.task_id, current.attempt, name, name, started, 0, 0, 0, False, "creation"))
+        return found
 
     def context_of(self, task: PushTask) -> context.TaskContext:
         """What user code can ask about the task it runs in."""
@@ -414,9 +450,10 @@ class Executor:
 
     def leave(self) -> None:
         """Say goodbye, so that the end of this process is no crash; unless user code wants it to be one."""
-        if self.status:
-            return
-        self.client.send(self.client.raylet, ProcessLeaving(self.leaving or ""))
+        if self.keep_history:
+            self.client.records.leave()
+        if not self.status:
+            self.client.send(self.client.raylet, ProcessLeaving(self.leaving or ""))
 
 
 async def _await(value: Any) -> Any:

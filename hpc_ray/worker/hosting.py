@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import asyncio
 import inspect
-import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
@@ -17,6 +16,7 @@ from hpc_ray.client import context
 from hpc_ray.client.client import Waiter
 from hpc_ray.client.context import LeaveProcess
 from hpc_ray.client.objects import ARENA, Entry
+from hpc_ray.client.records import now_ns
 from hpc_ray.exceptions import AsyncioActorExit
 from hpc_ray.ids import GCS_ADDRESS
 from hpc_ray.protocol import ActorInitFailed, ActorReady, DeathCause, InstallActor, PushTask, Result
@@ -37,6 +37,7 @@ class ActorHost:
         self.pools: dict[str, ThreadPoolExecutor] = {}  # threaded actors, by concurrency group
         self.methods: dict[str, Any] = {}
         self.loop: asyncio.AbstractEventLoop | None = None  # asyncio actors
+        self.creating: tuple[context.TaskContext, int] | None = None  # the constructor runs, since when
 
     def method_of(self, task: PushTask) -> Callable:
         """The actor's method that a task calls.
@@ -74,6 +75,9 @@ class ActorHost:
         )
         token = context.task.set(current)
         loans: list[Entry] = []
+        started, called, failed = now_ns(), 0, True
+        client.records.actor_id = spec.actor_id
+        self.creating = current, started
         try:
             cls = self.executor.functions[spec.class_id] = serialize.loads(spec.class_blob)
             args, kwargs, loans = self.executor.arguments(spec)
@@ -81,8 +85,10 @@ class ActorHost:
             if spec.is_async:
                 self.loop = asyncio.new_event_loop()
                 asyncio.set_event_loop(self.loop)
+            called = now_ns()
             self.executor.actor.instance.__init__(*args, **kwargs)
             args = kwargs = None  # type: ignore[assignment]
+            failed = False
         except BaseException as error:
             if isinstance(error, LeaveProcess):
                 self.executor.leaving = str(error)
@@ -93,6 +99,10 @@ class ActorHost:
             return
         finally:
             context.task.reset(token)
+            self.creating = None
+            ended, name = now_ns(), current.function_name
+            times = (started, called, 0 if failed else ended, ended)
+            client.records.runs.append((current.task_id, message.attempt, name, name, *times, failed, "creation"))
         if not spec.is_async and (spec.max_concurrency > 1 or spec.concurrency_groups):
             self.pools[""] = ThreadPoolExecutor(spec.max_concurrency, thread_name_prefix=spec.class_name)
             for name, size in spec.concurrency_groups.items():
@@ -177,13 +187,16 @@ class ActorHost:
         """Run a call of an asyncio actor to its end, and reply."""
         job = asyncio.current_task()
         assert job is not None
-        self.executor.running[task.task_id] = job
+        current = self.executor.context_of(task)
         loans: list[Entry] = []
-        started = time.perf_counter_ns()
+        started = now_ns()
+        failed = False
+        self.executor.running[task.task_id] = (job, current, 0)
         try:
             async with limits.get(self.group_of(task)) or limits[""]:
-                started = time.perf_counter_ns()
-                context.task.set(self.executor.context_of(task))
+                started = now_ns()
+                self.executor.running[task.task_id] = (job, current, started)
+                context.task.set(current)
                 results, loans = await self.call_async(source, task)
             retryable = False
         except (LeaveProcess, AsyncioActorExit, SystemExit) as error:
@@ -192,9 +205,14 @@ class ActorHost:
             return
         except BaseException as error:
             results, retryable = self.results.pack_error(task, error)
+            failed = True
         finally:
             self.executor.running.pop(task.task_id, None)
-        self.executor.reply(source, task, results, loans, time.perf_counter_ns() - started, retryable)
+        ended = now_ns()
+        self.executor.runs.append(
+            (task.task_id, task.attempt, current.name, current.function_name, started, started, ended, ended, failed)
+        )
+        self.executor.reply(source, task, results, loans, ended - started, retryable)
 
     async def call_async(self, source: int, task: PushTask) -> tuple[list[Result], list[Entry]]:
         if any(d.result.kind == ARENA and d.result.node != self.client.node for d in task.dependencies):

@@ -14,7 +14,7 @@ from hpc_ray._core import Segment
 from hpc_ray.client import context
 from hpc_ray.client.client import Client
 from hpc_ray.config import RUNTIME_ENV_VARIABLE, NodeConfig
-from hpc_ray.protocol import ProcessKind
+from hpc_ray.protocol import ProcessKind, Shutdown
 from hpc_ray.worker.environment import Environment
 from hpc_ray.worker.executor import Executor
 from hpc_ray.worker.output import name_streams
@@ -52,7 +52,7 @@ def _live(segment: Segment, config: NodeConfig, token: int, entered: bool) -> in
         return 1
     executor = Executor(client)
     signal.signal(signal.SIGINT, client.interrupts.on_signal)  # cancel uses it
-    client.on_shutdown = lambda reason: _on_shutdown(executor, reason)
+    client.on_shutdown = lambda message: _on_shutdown(executor, message)
     client.connect(config.settings.start_timeout_s)
     executor.run()
     executor.leave()
@@ -76,8 +76,10 @@ def _enter(environment: Environment, entered: bool) -> bool:
     return True
 
 
-def _on_shutdown(executor: Executor, reason: str) -> None:
-    """The session ends: an idle worker leaves in order, a busy one at once."""
+def _on_shutdown(executor: Executor, message: Shutdown) -> None:
+    """The process shall end: an idle worker leaves in order, a busy one at once."""
+    reason = message.reason
+    executor.keep_history = message.keep_history
     if executor.running:
         executor.leave()
         executor.client.lane.flush()

@@ -37,8 +37,8 @@ GROUPS = {
     "facade": Group(6, "."),
     "public": Group(
         5,
-        "actor api cloudpickle cluster_utils experimental job_config options packing placement remote_function runtime_context"
-        " runtime_env session types util",
+        "actor api cloudpickle cluster_utils commands dashboard experimental job_config observation options packing placement"
+        " remote_function runtime_context runtime_env session types util",
     ),
     "worker": Group(4, "worker"),
     "launcher": Group(4, "launcher", highest=2),  # brings up processes; knows no role from inside
@@ -65,9 +65,9 @@ THIRD_PARTY = {
     "deciding": {"msgspec"},
     "slurm": set(),
 }
-OPTIONAL = {"torch", "cupy", "mpi4py", "numpy", "matplotlib", "sklearn", "pandas"}
+OPTIONAL = {"torch", "cupy", "mpi4py", "numpy", "matplotlib", "sklearn", "pandas", "starlette", "uvicorn"}
 # … but for modules that are themselves imported inside a function only.
-NEEDS_OPTIONAL = {"hpc_ray.transport.mpi"}
+NEEDS_OPTIONAL = {"hpc_ray.transport.mpi", "hpc_ray.dashboard.server"}
 _FRESH = "a script in a new interpreter: its import path is set first"
 # Imports of our own inside a function: {(module, imported): reason}.
 INSIDE_FUNCTIONS = {
@@ -75,6 +75,7 @@ INSIDE_FUNCTIONS = {
     ("hpc_ray.worker.fresh", "hpc_ray.worker"): _FRESH,
     ("hpc_ray.worker.fresh", "hpc_ray._core"): _FRESH,
     ("hpc_ray.worker.fresh", "hpc_ray.config"): _FRESH,
+    ("hpc_ray.session", "hpc_ray.dashboard.server"): "for those who want the page, and have what it needs",
     ("hpc_ray.launcher.link", "hpc_ray.transport.mpi"): "MPI is started in the link alone, after the node's process is forked",
 }
 

@@ -15,7 +15,8 @@ if not hasattr(hpc_ray, "init"):
 PUBLIC = {
     # functions
     "available_resources", "cancel", "cluster_resources", "get", "get_actor", "get_gpu_ids", "get_runtime_context", "init",
-    "is_initialized", "kill", "method", "nodes", "put", "remote", "shutdown", "wait",
+    "install_as_ray",
+    "is_initialized", "kill", "method", "nodes", "put", "remote", "shutdown", "timeline", "wait",
     # classes
     "ActorID", "DynamicObjectRefGenerator", "JobID", "NodeID", "ObjectID", "ObjectRef", "ObjectRefGenerator",
     "PlacementGroupID", "TaskID", "UniqueID", "WorkerID",
@@ -25,8 +26,9 @@ PUBLIC = {
 # Packages that `import hpc_ray` leaves alone: heavy, optional, or with threads and state of their own.
 NOT_IMPORTED = {
     "torch", "cupy", "mpi4py", "numpy", "asyncio", "concurrent.futures", "multiprocessing", "sqlite3", "psutil", "rich", "click",
-    "matplotlib", "sklearn", "pandas",
-    "hpc_ray.gcs", "hpc_ray.raylet", "hpc_ray.worker", "hpc_ray.simulator", "hpc_ray.transport.mpi",
+    "matplotlib", "sklearn", "pandas", "starlette", "uvicorn",
+    "hpc_ray.gcs", "hpc_ray.raylet", "hpc_ray.worker", "hpc_ray.simulator", "hpc_ray.transport.mpi", "hpc_ray.dashboard",
+    "hpc_ray.commands", "hpc_ray.util.state",
 }  # fmt: skip
 
 

@@ -2,6 +2,7 @@
 
 import json
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -11,8 +12,9 @@ from hpc_ray.ids import GCS_ADDRESS, LINK_LANE, IdMinter, address_of, raylet_add
 from hpc_ray.machine import Exit, Send, SetTimer, TimerFired
 from hpc_ray.protocol import UNIT
 from hpc_ray.raylet import events as e
+from hpc_ray.raylet.logs import LogFolder
 from hpc_ray.raylet.state import RayletState
-from hpc_ray.raylet.workers import WorkerState
+from hpc_ray.raylet.workers import MAX_LEFT_ROWS, WorkerState
 
 JOB = b"\0\0\0\1"
 GROUP = b"g" * 18
@@ -801,3 +803,65 @@ def test_any_sequence_keeps_the_invariants_and_replays(sequence):
     again = RayletState(state.config)
     again.replay_log(state.log)
     assert again.snapshot() == state.snapshot()
+
+
+# ------------------------------------------------------------------ what is remembered
+
+
+def test_left_histories_are_bounded():
+    node = Node()
+    for number in range(4):
+        node.tell(p.LeaveHistory(MAX_LEFT_ROWS // 2, bytes([number])), ME)
+    assert node.state.query_left_histories() == [b"\2", b"\3"]
+    node.tell(p.LeaveHistory(2 * MAX_LEFT_ROWS, b"large"), ME)
+    assert node.state.query_left_histories() == [b"large"]  # the latest stays, however large
+    node.tell(p.LeaveHistory(1, b"next"), ME)
+    assert node.state.query_left_histories() == [b"next"]
+
+
+def test_dead_workers_are_remembered():
+    node = Node()
+    (lease,) = node.lease()
+    node.pass_time(2.0)
+    node.exit(lease.worker)
+    node.pass_time(3.0)
+    node.tell(p.Query(1, "dead_workers", {}), ME)
+    (row,) = node.take(p.Answer, ME)[0].value
+    assert (row["address"], row["pid"], row["kind"], row["cause"]) == (lease.worker, lease.pid, "WORKER", "CRASHED")
+    assert (row["started_s"], row["died_s"]) == (5.0, 3.0)
+    assert lease.worker not in [row["address"] for row in node.state.query_workers()]
+
+
+def test_a_worker_hands_over_only_while_the_session_goes_on():
+    node = Node()
+    (lease,) = node.lease()
+    node.tell(p.ReturnLease(lease.lease_id), ME)
+    node.tell(p.JobFinished(JOB, ME), GCS_ADDRESS)
+    assert [message.keep_history for message in node.take(p.Shutdown, lease.worker)] == [True]
+    node = Node()
+    (lease,) = node.lease()
+    node.tell(p.Shutdown("over"), GCS_ADDRESS)
+    assert [message.keep_history for message in node.take(p.Shutdown, lease.worker)] == [False]
+
+
+def test_questions_about_logs_are_the_servers():
+    node = Node()
+    query = p.Query(7, "read_log", {"filename": "gcs.log"})
+    node.tell(query, ME)
+    assert node.actions[-1] == e.AnswerFromLogs(ME, query)
+
+
+def test_log_folder(tmp_path):
+    folder = LogFolder(str(tmp_path))
+    (tmp_path / "a.out").write_bytes(b"1\n2\n3\n")
+    (tmp_path / "b.err").write_bytes(b"x")
+    (tmp_path / "link").symlink_to("/etc/passwd")
+    assert folder.list_logs("*.out") == ["a.out"] and "b.err" in folder.list_logs()
+    assert folder.read_log("a.out") == (b"1\n2\n3\n", 6)
+    assert folder.read_log("a.out", offset=4) == (b"3\n", 6)
+    for tail, expected in ((0, b""), (1, b"3\n"), (2, b"2\n3\n"), (9, b"1\n2\n3\n")):
+        assert folder.read_log("a.out", tail=tail) == (expected, 6)
+    assert folder.read_log("b.err", tail=1) == (b"x", 1)
+    for name in ("c.out", "../a.out", "/etc/passwd", "link", "."):
+        with pytest.raises(ValueError, match="no log file"):
+            folder.read_log(name)

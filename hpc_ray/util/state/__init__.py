@@ -1,4 +1,4 @@
-"""What the cluster has: actors, nodes, jobs, workers, placement groups, and the tasks and objects of this process."""
+"""What the cluster has: actors, nodes, jobs, workers, placement groups, tasks, objects, logs."""
 
 from hpc_ray.util.state.api import (
     StateApiClient,
@@ -22,6 +22,7 @@ from hpc_ray.util.state.api import (
     summarize_tasks,
 )
 from hpc_ray.util.state.exception import DataSourceUnavailable, RayStateApiException, ServerUnavailable
+from hpc_ray.util.state.logs import get_log, list_logs
 
 __all__ = [
     "DataSourceUnavailable",
@@ -30,6 +31,7 @@ __all__ = [
     "StateApiClient",
     "get_actor",
     "get_job",
+    "get_log",
     "get_node",
     "get_objects",
     "get_placement_group",
@@ -37,6 +39,7 @@ __all__ = [
     "get_worker",
     "list_actors",
     "list_jobs",
+    "list_logs",
     "list_nodes",
     "list_objects",
     "list_placement_groups",

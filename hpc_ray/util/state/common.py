@@ -75,6 +75,8 @@ class ActorState(Row):
     placement_group_id: str | None = _detail(filterable=True)
     repr_name: str | None = _detail(filterable=True)
     num_restarts: int | None = _detail()
+    num_restarts_due_to_lineage_reconstruction: int | None = _detail()
+    num_restarts_due_to_node_preemption: int | None = _detail()
     call_site: str | None = _detail()
 
 
@@ -153,29 +155,44 @@ class WorkerState(Row):
     node_id: str | None = None
     ip: str | None = None
     pid: int | None = None
+    exit_detail: str | None = _detail()
+    worker_launch_time_ms: int | None = _detail()  # asked for; -1: by nobody here
+    worker_launched_time_ms: int | None = _detail()
+    start_time_ms: int | None = _detail()
+    end_time_ms: int | None = _detail()  # 0: lives
 
 
 @dataclass
 class TaskState(Row):
-    """A task or a call of an actor."""
+    """One attempt of a task, of a call of an actor, or of an actor's making."""
 
     _key: ClassVar[str] = "task_id"
 
     task_id: str
     attempt_number: int | None = None
     name: str | None = None
-    state: str | None = None  # PENDING_ARGS_AVAIL, PENDING_NODE_ASSIGNMENT, SUBMITTED_TO_WORKER
+    # PENDING_ARGS_AVAIL, PENDING_NODE_ASSIGNMENT, SUBMITTED_TO_WORKER, PENDING_ACTOR_TASK_ORDERING_OR_CONCURRENCY, RUNNING,
+    # RUNNING_IN_RAY_GET, RUNNING_IN_RAY_WAIT, FINISHED, FAILED
+    state: str | None = None
     job_id: str | None = None
     actor_id: str | None = None
-    type: str | None = None  # NORMAL_TASK, ACTOR_TASK
+    type: str | None = None  # NORMAL_TASK, ACTOR_CREATION_TASK, ACTOR_TASK
     func_or_class_name: str | None = None
     parent_task_id: str | None = None
     node_id: str | None = None
     worker_id: str | None = None
     worker_pid: int | None = None
     error_type: str | None = None
+    language: str | None = _detail(filterable=True)
     required_resources: dict | None = _detail()
+    runtime_env_info: dict | None = _detail()
     placement_group_id: str | None = _detail(filterable=True)
+    events: list[dict] | None = _detail()
+    profiling_data: dict | None = _detail()
+    creation_time_ms: int | None = _detail()
+    start_time_ms: int | None = _detail()
+    end_time_ms: int | None = _detail()
+    error_message: str | None = _detail()
 
 
 @dataclass
@@ -201,6 +218,7 @@ class RuntimeEnvState(Row):
 
     runtime_env: dict
     success: bool | None = None
+    creation_time_ms: float | None = _unfilterable()
     node_id: str | None = None
     ref_cnt: int | None = _detail()
     error: str | None = _detail(filterable=True)

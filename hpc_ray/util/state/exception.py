@@ -12,5 +12,5 @@ class DataSourceUnavailable(Exception):
     """Who would know did not answer."""
 
 
-class ServerUnavailable(Exception):
+class ServerUnavailable(RayStateApiException):
     """There is nobody to ask."""
