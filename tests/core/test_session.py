@@ -90,17 +90,6 @@ def test_gpus_are_told_apart(gate):
     assert all(variable == str(ids[0]) for ids, variable in found)
 
 
-def test_object_store_full():
-    start(object_store_memory=80 << 20)
-    kept = [hpc_ray.put(np.zeros(10 << 20, np.uint8)) for _ in range(6)]
-    with pytest.raises(exceptions.ObjectStoreFullError):
-        hpc_ray.put(np.zeros(60 << 20, np.uint8))
-    with pytest.raises(exceptions.ObjectStoreFullError):
-        hpc_ray.put(np.zeros(1 << 30, np.uint8))
-    del kept
-    assert hpc_ray.get(hpc_ray.put(np.ones(60 << 20, np.uint8))).sum() == 60 << 20
-
-
 def test_room_comes_free_for_who_waits():
     """Twenty times what fits, one after the other."""
     start(object_store_memory=60 << 20)
