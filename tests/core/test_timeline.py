@@ -30,10 +30,11 @@ def test_tasks_calls_and_spans(ray, tmp_path):
     assert {"task::shown task", "task::shown:Actor.__init__", "task::Actor.method", "within", "of the driver"} <= set(by_kind)
     whole = by_kind["task::shown task"]
     assert whole["ph"] == "X" and whole["args"]["task_id"] == task.task_id().hex() and whole["name"] == "works"
+    start, end = whole["ts"] - 1, whole["ts"] + whole["dur"] + 1  # µs since 1970 are rounded to quarters
     parts = [
         event
         for event in events
-        if event["tid"] == whole["tid"] and whole["ts"] <= event["ts"] and event["ts"] + event["dur"] <= whole["ts"] + whole["dur"]
+        if event["tid"] == whole["tid"] and start <= event["ts"] and event["ts"] + event["dur"] <= end
     ]
     assert [part["cat"] for part in parts if part["dur"] < whole["dur"]] == [
         "task:deserialize_arguments",
