@@ -90,6 +90,7 @@ class ActorLink:
         "attempt",
         "cause",
         "class_name",
+        "doomed",
         "id",
         "inflight",
         "info",
@@ -115,6 +116,7 @@ class ActorLink:
         self.max_pending = max_pending
         self.pending = 0  # calls without a reply; while there are any they hold ``scope`` (ACTOR-3)
         self.scope: Entry | None = None
+        self.doomed = False  # this process has killed it for good: nothing but its death is news
 
     @property
     def worker(self) -> int:
@@ -323,7 +325,7 @@ class ActorSubmitter:
     def on_actor_update(self, source: int, message: ActorUpdate) -> None:
         info = message.info
         link = self.links.get(info.actor_id)
-        if link is None or (info.attempt < link.attempt and info.state != ActorState.DEAD):
+        if link is None or (info.state != ActorState.DEAD and (link.doomed or info.attempt < link.attempt)):
             return
         link.info = info
         if info.state in (ActorState.DEAD, ActorState.RESTARTING) and link.address:
@@ -390,6 +392,11 @@ class ActorSubmitter:
                 link.address = 0
 
     def kill(self, actor_id: bytes, no_restart: bool) -> None:
+        """Calls made after this one fail: they wait for the news of its death instead of reaching it before the signal does."""
+        link = self.links.get(actor_id)
+        if link is not None and no_restart and link.state != ActorState.DEAD:
+            link.doomed = True
+            link.state = ActorState.RESTARTING
         self.client.send(GCS_ADDRESS, KillActor(actor_id, no_restart))
 
     def cancel(self, task: Task, force: bool, recursive: bool) -> None:

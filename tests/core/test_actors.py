@@ -357,6 +357,15 @@ def test_kill(ray, remote_counter, gate, eventually):
     eventually(lambda: gone(pid), "killed")
 
 
+def test_a_call_after_a_kill_never_arrives(ray, remote_counter):
+    for _ in range(30):  # each is a race of the call with the signal
+        counter = remote_counter.remote()
+        ray.get(counter.get.remote())
+        ray.kill(counter)
+        with pytest.raises(exceptions.ActorDiedError):
+            ray.get(counter.get.remote(), timeout=30)
+
+
 def test_kill_at_birth(ray, remote_counter):
     counter = remote_counter.remote()
     ray.kill(counter)
