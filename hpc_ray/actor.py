@@ -308,6 +308,7 @@ class ActorClass:
             client.job_id,
             name=options.get("name") or "",
             namespace=options.get("namespace") or context.namespace,
+            logging=context.logging,
             detached=detached,
             max_restarts=restarts,
             max_task_retries=task_retries,

@@ -124,6 +124,7 @@ class ActorSpec(msgspec.Struct, frozen=True, array_like=True):
     handle: bytes = b""  # serialised handle, given to whoever finds the actor by name
     creation_task_id: bytes = b""
     call_site: str = ""
+    logging: str = ""  # LoggingConfig as JSON
 
 
 class ActorState(enum.IntEnum):
@@ -405,6 +406,7 @@ class UseLease(Message, tag=28):
     shape: Shape
     namespace: str
     instances: dict[str, list[list[int]]]
+    logging: str = ""  # LoggingConfig as JSON
 
 
 # ------------------------------------------------------------------ process ↔ owner: objects and references

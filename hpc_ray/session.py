@@ -16,6 +16,7 @@ from typing import Any
 from hpc_ray import as_ray
 from hpc_ray.client import context
 from hpc_ray.client.client import Client, Waiter
+from hpc_ray.client.logging_config import LoggingConfig, use_logging
 from hpc_ray.config import Settings
 from hpc_ray.exceptions import LaunchError, LocalRayletDiedError
 from hpc_ray.ids import GCS_ADDRESS, raylet_address
@@ -32,7 +33,7 @@ from hpc_ray.protocol import (
     ProcessLeaving,
     RegisterJob,
 )
-from hpc_ray.version import __version__
+from hpc_ray.version import __commit__, __version__
 
 _lock = threading.RLock()
 _attachment: Any = None
@@ -45,7 +46,7 @@ class Context(Mapping):
         self.address_info = address_info
         self.python_version = ".".join(map(str, sys.version_info[:3]))
         self.ray_version = __version__
-        self.ray_commit = ""
+        self.ray_commit = __commit__
         self.dashboard_url = ""
 
     def __getitem__(self, key: str) -> Any:
@@ -87,11 +88,11 @@ def init(
     local_mode: bool = False,
     ignore_reinit_error: bool = False,
     include_dashboard: bool | None = None,
-    dashboard_host: str | None = None,
+    dashboard_host: str = "127.0.0.1",
     dashboard_port: int | None = None,
     job_config: Any = None,
     configure_logging: bool = True,
-    logging_level: int | str | None = None,
+    logging_level: int | str = "info",
     logging_format: str | None = None,
     logging_config: Any = None,
     log_to_driver: bool | None = None,
@@ -114,6 +115,7 @@ def init(
             here: leave them out, or give them to the launcher, to use all nodes. The store's size is the launcher's to say.
         ignore_reinit_error: a second ``init`` keeps the session instead of raising.
         configure_logging, logging_level, logging_format: of the logger "hpc_ray" in this process.
+        logging_config: a LoggingConfig (or its fields as a dict): the root loggers of this process and of all tasks and actors.
         log_to_driver: show what workers print (default: yes).
         namespace: of named actors; default: that of job_config, or one of its own.
         runtime_env: of all tasks and actors that do not say another (see ``RuntimeEnv``). Local folders are sent to the nodes.
@@ -153,9 +155,8 @@ def init(
         _refuse_what_is_not_offered(
             local_mode=local_mode,
             include_dashboard=include_dashboard,
-            dashboard_host=dashboard_host,
+            dashboard_host=dashboard_host if dashboard_host != "127.0.0.1" else None,
             dashboard_port=dashboard_port,
-            logging_config=logging_config,
             enable_resource_isolation=enable_resource_isolation,
             system_reserved_cpu=system_reserved_cpu,
             system_reserved_memory=system_reserved_memory,
@@ -174,6 +175,7 @@ def init(
             raise ValueError(f"num_nodes must be a whole number from 1 on, it is {num_nodes!r}")
         if configure_logging:
             _configure_logging(logging_level, logging_format)
+        logs = _logging_text(logging_config)
         settings = Settings.from_environment(system)
         given: dict[str, Any] = {
             "num_cpus": num_cpus,
@@ -200,6 +202,7 @@ def init(
         except BaseException:
             attachment.close()
             raise
+        use_logging(logs)
         _attachment = attachment
         atexit.register(shutdown)
         return Context(_address_info(client))
@@ -210,7 +213,6 @@ _INSTEAD = {
     "include_dashboard": "there is no web page yet; use the state functions",
     "dashboard_host": "there is no web page yet",
     "dashboard_port": "there is no web page yet",
-    "logging_config": "use logging_level and logging_format",
     "enable_resource_isolation": "the launcher (Slurm, systemd) owns the cgroups",
     "system_reserved_cpu": "say num_cpus instead",
     "system_reserved_memory": "say object_store_memory instead",
@@ -270,10 +272,9 @@ def _check_amounts(
 _ARGUMENT = {"CPU": "num_cpus", "GPU": "num_gpus", "memory": "memory", "object_store_memory": "object_store_memory"}
 
 
-def _configure_logging(level: int | str | None, form: str | None) -> None:
+def _configure_logging(level: int | str, form: str | None) -> None:
     logger = logging.getLogger("hpc_ray")
-    if level is not None:
-        logger.setLevel(level)
+    logger.setLevel(level.upper() if isinstance(level, str) else level)
     if form is not None:
         handler = logging.StreamHandler()
         handler.setFormatter(logging.Formatter(form))
@@ -340,6 +341,17 @@ def _register_job(client: Client, name: str, job: JobConfig) -> str:
     return environment
 
 
+def _logging_text(logging_config: Any) -> str:
+    """As it travels. Raises TypeError for what is no LoggingConfig and no dict."""
+    if logging_config is None:
+        return ""
+    if isinstance(logging_config, dict):
+        logging_config = LoggingConfig.from_dict(logging_config)
+    if not isinstance(logging_config, LoggingConfig):
+        raise TypeError(f"logging_config must be a LoggingConfig or a dict of its fields, not {type(logging_config).__name__}")
+    return json.dumps(logging_config.to_dict())
+
+
 def _print_log(message: LogLines) -> None:
     stream = sys.stderr if message.is_error else sys.stdout
     client = context.client
@@ -379,14 +391,15 @@ def install_as_ray() -> None:
     as_ray.install()
 
 
-def shutdown(*, wait_for_processes: bool = True, _exiting_interpreter: bool = False) -> None:
-    """End this process's session; a cluster that ``init`` started ends with it. Blocks until it has. Harmless without one."""
+def shutdown(*, wait_for_processes: bool = False, _exiting_interpreter: bool = False) -> None:
+    """End this process's session; a cluster that ``init`` started ends with it. Always blocks until it has. Harmless without one."""
     global _attachment
     with _lock:
         client, attachment = context.client, _attachment
         if client is None:
             return
         atexit.unregister(shutdown)
+        use_logging("")
         context.set_client(None)
         context.runtime_env, context.detached = "", None
         _attachment = None

@@ -12,8 +12,8 @@ from hpc_ray.session import ensure_connected
 from hpc_ray.util import accelerators
 from hpc_ray.util.actor_pool import ActorPool
 from hpc_ray.util.check_serialize import inspect_serializability
+from hpc_ray.util.debug import disable_log_once_globally, enable_periodic_logging, log_once
 from hpc_ray.util.iteration import as_completed, map_unordered
-from hpc_ray.util.log_once import disable_log_once_globally, enable_periodic_logging, log_once
 from hpc_ray.util.placement_group import (
     get_current_placement_group,
     get_placement_group,

@@ -25,6 +25,7 @@ from hpc_ray import serialize
 from hpc_ray.client import context
 from hpc_ray.client.client import Client, Waiter
 from hpc_ray.client.context import LeaveProcess
+from hpc_ray.client.logging_config import use_logging
 from hpc_ray.client.objects import ARENA, ERROR, Entry
 from hpc_ray.exceptions import TaskCancelledError
 from hpc_ray.ids import TaskID
@@ -107,6 +108,7 @@ class Executor:
             self.client.use_job(message.shape.job_id)
             set_job(message.shape.job_id)
         context.namespace = message.namespace
+        use_logging(message.logging)
 
     def use_lease(self, lease_id: int) -> None:
         """Tasks of another lease run from here on."""

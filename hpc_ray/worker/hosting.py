@@ -16,6 +16,7 @@ from hpc_ray import serialize
 from hpc_ray.client import context
 from hpc_ray.client.client import Waiter
 from hpc_ray.client.context import LeaveProcess
+from hpc_ray.client.logging_config import use_logging
 from hpc_ray.client.objects import ARENA, Entry
 from hpc_ray.exceptions import AsyncioActorExit
 from hpc_ray.ids import GCS_ADDRESS
@@ -64,6 +65,7 @@ class ActorHost:
         self.executor.actor = context.ActorContext(spec, message.attempt, client.address)
         context.set_actor(self.executor.actor)
         context.namespace = spec.namespace
+        use_logging(spec.logging)
         client.use_job(spec.job_id)
         set_job(spec.job_id)
         self.executor.use_shape(spec.shape)

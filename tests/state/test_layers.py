@@ -37,8 +37,8 @@ GROUPS = {
     "facade": Group(6, "."),
     "public": Group(
         5,
-        "actor api cloudpickle cluster_utils experimental job_config options packing placement remote_function runtime_context"
-        " runtime_env session types util",
+        "actor api client_builder cloudpickle cluster_utils cross_language dag experimental job_config options packing placement"
+        " remote_function runtime_context runtime_env session types util",
     ),
     "worker": Group(4, "worker"),
     "launcher": Group(4, "launcher", highest=2),  # brings up processes; knows no role from inside
