@@ -68,6 +68,8 @@ def get(
         return client.get_one(object_refs, timeout)
     if hasattr(object_refs, "_get_for_api"):
         return object_refs._get_for_api(timeout)
+    if isinstance(object_refs, list) and object_refs and hasattr(object_refs[0], "_get_for_api"):
+        return [get(item, timeout=timeout) for item in object_refs]
     if not isinstance(object_refs, list):
         raise ValueError(
             f"get takes an ObjectRef or a list of ObjectRefs, not {type(object_refs).__name__}: {_short(object_refs)}"

@@ -850,6 +850,14 @@ class LogLines(Message, tag=94):
     lines: list[str]
 
 
+class GraphValues(Message, tag=110):
+    """driver of a compiled graph, or an actor in it → who needs these values: they are there. Answer: none."""
+
+    inbox: bytes  # which graph, at the receiver
+    execution: int
+    values: list[Dependency]  # slot: which value of the graph
+
+
 class FollowLogs(Message, tag=95):
     """driver → fork server of each node (through the raylets): send me LogLines of this job; or no more: then each node
     sends what there is, and last LogLines without lines."""

@@ -36,7 +36,9 @@ from hpc_ray.protocol import (
     Answer,
     ArenaFullNotice,
     ArenaRoom,
+    Dependency,
     ExportFunction,
+    GraphValues,
     JobRegistered,
     LogLines,
     Message,
@@ -163,6 +165,8 @@ class Client:
         self.lines_shown = 0
         self.log_ended = Waiter()
         self.sleepers: deque[Waiter] = deque()
+        self.inboxes: dict[bytes, Callable[[GraphValues], None]] = {}  # of compiled graphs; called under the lock
+        self.mourners: list[Callable[[Callable[[int], bool]], None]] = []  # told of deaths, under the lock
         self.interrupts = Interrupts(self)
         self.dead: set[int] = set()  # processes that are known to be gone
         self.dead_nodes: set[int] = set()
@@ -189,6 +193,7 @@ class Client:
                 NodeDied: self._on_node_died,
                 Shutdown: self._on_shutdown,
                 LogLines: self._on_log_lines,
+                GraphValues: self._on_graph_values,
                 Welcome: self._on_welcome,
             }
         )
@@ -503,6 +508,7 @@ class Client:
         for request in list(self._requests.values()):
             if request.destination == address:
                 request.finish()
+        self._mourn(lambda other: other == address)
 
     def hear_last_words(self, address: int) -> None:
         """Handle all that a process has sent before its death is handled (PROTO-3): what is in this batch, and what has come
@@ -526,6 +532,16 @@ class Client:
         for request in list(self._requests.values()):
             if node_of(request.destination) == message.node:
                 request.finish()
+        self._mourn(lambda other: node_of(other) == message.node)
+
+    def _mourn(self, is_dead: Callable[[int], bool]) -> None:
+        for mourner in self.mourners:
+            mourner(is_dead)
+
+    def _on_graph_values(self, source: int, message: GraphValues) -> None:
+        receive = self.inboxes.get(message.inbox)
+        if receive is not None:  # else the graph has ended here
+            receive(message)
 
     def _on_shutdown(self, source: int, message: Shutdown) -> None:
         if self.on_shutdown is not None:
@@ -749,6 +765,59 @@ class Client:
             raise RaySystemError(str(error), traceback.format_exc()) from error
         finally:
             self._loading.loans = outer
+
+    def pack_value(self, value: Any, slot: int) -> tuple[Dependency, ObjectRef | None]:
+        """A value for a message to another process; with it a reference to be held until it has been read, if that is needed.
+
+        Raises:
+            TypeError: it cannot be pickled.
+            ObjectStoreFullError: no room for it.
+        """
+        try:
+            serialized = serialize.serialize(value)
+        except Exception as error:
+            where = serialize.explain(value, "value")
+            raise TypeError(f"Could not serialize the value: {error}. The part at fault: {where}") from error
+        if serialized.size <= self.settings.inline_bytes and not serialized.contained:
+            return Dependency(b"", Result(INLINE, serialized.to_bytes(), size=serialized.size), slot), None
+        self.work_off_released()
+        entry = self.objects.put(serialized, [reference._entry for reference in serialized.contained])
+        assert entry.result is not None
+        return Dependency(entry.id, entry.result, slot, entry.places or []), ObjectRef(entry)
+
+    def value_of(self, dependency: Dependency) -> tuple[Any, list[Entry]]:
+        """A value that came in a message, and the references in it that are on loan. Blocks while it is on another node.
+
+        Raises:
+            RayError: it is an error, or lost.
+        """
+        result = dependency.result
+        if result.kind != ARENA:
+            value, loans = self.load_with_loans(result.payload)
+            if result.kind == ERROR:
+                raise value
+            return value, loans
+        here = self.node
+        for node, handle in dependency.places:
+            if node == here:
+                pin = self.files.read(handle)
+                if pin is not None:
+                    return self.load_with_loans(pin)
+        with self.lock:  # on another node: borrow it, on the caller's loan, and wait for a copy
+            entry = self.objects.meet(dependency.object_id)
+            entry.count += 1
+            if not entry.owned:
+                self.objects.set_result(entry, result, [list(place) for place in dependency.places if place[0] != here])
+        try:
+            self.make_available([entry], None)
+            local = self.objects.local_handle(entry)
+            pin = self.files.read(local) if local is not None else None
+            if pin is None:
+                return self.load(entry), []
+            return self.load_with_loans(pin)
+        finally:
+            with self.lock:
+                self.objects.release(entry)
 
     def wait(self, references: Sequence[Any], num_returns: int, timeout_s: float | None, fetch_local: bool) -> list[bool]:
         """Wait until ``num_returns`` are ready or the time is over; which are ready. Blocks."""
