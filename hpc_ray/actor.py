@@ -219,17 +219,24 @@ def weak_handle(description: bytes) -> ActorHandle:
     return ActorHandle(actor_id, class_name, methods, defaults, None)
 
 
+class ActorClassInheritanceException(TypeError):
+    """A class was derived from an actor class."""
+
+
 class ActorClass:
     """A class whose instances live in processes of their own: ``Class.remote(...)`` makes one and gives a handle."""
 
+    __name__: str
     _cls: type
     _options: dict[str, Any]
     _exported: Function | None
 
-    def __init__(self, *args: Any, **kwargs: Any):
-        raise TypeError(
-            f"Actors cannot be instantiated directly. Instead of '{type(self).__name__}()', use "
-            f"'{type(self).__name__}.remote()'."
+    def __init__(self, name: str, bases: tuple, attr: dict[str, Any]):
+        """What ``class B(A)`` calls for an actor class A."""
+        base = next(base.__name__ for base in bases if isinstance(base, ActorClass))
+        raise ActorClassInheritanceException(
+            f"Attempted to define subclass '{name}' of actor class '{base}'. Actor classes cannot be inherited from: "
+            "derive from the plain class, and make the derived class an actor class with @remote."
         )
 
     @classmethod

@@ -439,6 +439,10 @@ class PlasmaObjectNotAvailable(RayError):
     """The object store does not have the object."""
 
 
+class OufOfBandObjectRefSerializationException(RayError):
+    """A reference was pickled outside of the runtime where that is not allowed. (The name is Ray's.)"""
+
+
 class ObjectRefStreamEndOfStreamError(RayError):
     """Internal: a streaming task has no further items."""
 

@@ -10,15 +10,15 @@ CGRAPH-3 (whoever waits is answered): the death of an actor of the graph, ``tear
 
 from __future__ import annotations
 
-import asyncio
 import os
 import time
 import weakref
 from collections.abc import Callable, Iterable
 from functools import partial
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from hpc_ray.client.client import Client, Waiter
+from hpc_ray.client.graphs import Program, Receiver, Slot, Step, close_graph, open_graph
 from hpc_ray.client.refs import ObjectRef
 from hpc_ray.dag.context import DAGContext
 from hpc_ray.exceptions import (
@@ -32,7 +32,9 @@ from hpc_ray.exceptions import (
 )
 from hpc_ray.protocol import ActorState, Dependency, GraphValues
 from hpc_ray.session import ensure_connected
-from hpc_ray.worker.graphs import Program, Receiver, Slot, Step, close_graph, open_graph
+
+if TYPE_CHECKING:
+    import asyncio
 
 _RESTART = "its process ended; a compiled graph does not go on after that. Compile the graph again."
 
@@ -352,6 +354,8 @@ class CompiledDAG:
         """The same for asyncio: what it gives is awaited. Raises what ``execute`` raises."""
         if not self._asyncio:
             raise ValueError("Use execute if enable_asyncio=False")
+        import asyncio
+
         loop = asyncio.get_running_loop()
         index, execution = self._submit(args, kwargs)
         arrived = loop.create_future()
@@ -617,6 +621,8 @@ class CompiledDAGFuture(_Result):
     def __await__(self) -> Any:
         if self._taken:
             raise ValueError("CompiledDAGFuture can only be awaited upon once, and it has already been awaited upon.")
+        import asyncio
+
         self._taken = True
         yield from asyncio.shield(self._fut).__await__()
         self._dag._fetch(self._execution_index, -1)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import socket
-from typing import Any
+from typing import Any, NoReturn
 
 from hpc_ray.client import context
 from hpc_ray.ids import GCS_ADDRESS
@@ -45,7 +45,18 @@ def get_node_instance_id() -> str:
     return socket.gethostname()
 
 
-def connect(conn_str: str, *args: Any, **kwargs: Any) -> Any:
+def connect(
+    conn_str: str,
+    secure: bool = False,
+    metadata: Any = None,
+    connection_retries: int = 3,
+    job_config: Any = None,
+    namespace: str | None = None,
+    *,
+    ignore_version: bool = False,
+    _credentials: Any = None,
+    ray_init_kwargs: dict[str, Any] | None = None,
+) -> NoReturn:
     """There is no Ray Client here.
 
     Raises:
@@ -59,6 +70,19 @@ def connect(conn_str: str, *args: Any, **kwargs: Any) -> Any:
 
 def disconnect() -> None:
     """Without effect, since nothing is ever connected that way; ``shutdown`` ends a session."""
+
+
+_LEFT_OUT = {
+    "iter": "Ray's parallel iterators are deprecated; use ActorPool, multiprocessing.Pool, or tasks with num_returns=\"streaming\"",
+    "pdb": "a worker has no terminal and no port; call the function without remote() to debug it, or print",
+    "ray_debugpy": "a worker has no port for a debugger; call the function without remote() to debug it",
+}
+
+
+def __getattr__(name: str) -> NoReturn:
+    """What Ray has and hpc_ray has not, with the reason."""
+    why = f": {_LEFT_OUT[name]}" if name in _LEFT_OUT else ""
+    raise AttributeError(f"module 'hpc_ray.util' has no attribute {name!r}{why}")
 
 
 __all__ = [

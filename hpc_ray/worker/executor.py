@@ -46,8 +46,7 @@ from hpc_ray.protocol import (
     WorkerBlocked,
     WorkerUnblocked,
 )
-from hpc_ray.worker import graphs
-from hpc_ray.worker.graphs import Graph
+from hpc_ray.worker.graphs import Graph, Graphs
 from hpc_ray.worker.hosting import ActorHost
 from hpc_ray.worker.output import set_job, set_task_name
 from hpc_ray.worker.results import Results
@@ -68,7 +67,7 @@ class Executor:
         self.actor: context.ActorContext | None = None
         self.results = Results(self)
         self.host = ActorHost(self)
-        graphs.install(self)
+        self.graphs = Graphs(self)
         self.leaving: str | None = None
         self.names: dict[tuple[bytes, str, bytes], tuple[str, str]] = {}  # what tasks are called
         self.status = 0  # exit code of the process

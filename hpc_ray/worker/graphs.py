@@ -16,10 +16,11 @@ import asyncio
 import inspect
 from collections import deque
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 from hpc_ray.client import context
 from hpc_ray.client.context import LeaveProcess
+from hpc_ray.client.graphs import Program, Slot, install
 from hpc_ray.client.objects import ERROR
 from hpc_ray.client.refs import ObjectRef
 from hpc_ray.exceptions import AsyncioActorExit
@@ -28,41 +29,6 @@ from hpc_ray.worker.results import dump_error
 
 if TYPE_CHECKING:
     from hpc_ray.worker.executor import Executor
-
-
-class Slot(NamedTuple):
-    """Stands for a value of the graph among the arguments of a step."""
-
-    number: int
-
-
-class Receiver(NamedTuple):
-    """Who gets values of a step, and which."""
-
-    address: int
-    inbox: bytes
-    slots: tuple[int, ...]
-
-
-class Step(NamedTuple):
-    """A method to call."""
-
-    method: str
-    args: tuple[Any, ...]  # Slots, and values that are always the same
-    kwargs: dict[str, Any]
-    inputs: tuple[int, ...]  # the slots among them
-    outputs: tuple[int, ...]  # where its values go; several: one item of it to each
-    local: frozenset[int]  # outputs that later steps of this actor read
-    receivers: list[Receiver]
-
-
-class Program(NamedTuple):
-    """What one actor does in a graph."""
-
-    inbox: bytes
-    driver: int  # address; when it dies the graph ends
-    inflight: int
-    steps: list[Step]
 
 
 class _Failed(Exception):
@@ -251,6 +217,7 @@ class Graphs:
         self.executor = executor
         self.graphs: dict[bytes, Graph] = {}
         executor.client.mourners.append(self.on_death)
+        install(self)
 
     def open(self, program: Program) -> None:
         graph = Graph(program, self.executor)
@@ -268,31 +235,6 @@ class Graphs:
     def on_death(self, is_dead: Callable[[int], bool]) -> None:
         for graph in [graph for graph in self.graphs.values() if is_dead(graph.program.driver)]:
             self.close(graph.program.inbox)
-
-
-_here: Graphs | None = None
-
-
-def install(executor: Executor) -> None:
-    """Make this process ready for ``open_graph``."""
-    global _here
-    _here = Graphs(executor)
-
-
-def open_graph(instance: Any, program: Program) -> None:
-    """In an actor, by ``__ray_call__``: take part in a graph from now on.
-
-    Raises:
-        AttributeError: the actor does not have one of the methods.
-    """
-    assert _here is not None
-    _here.open(program)
-
-
-def close_graph(instance: Any, inbox: bytes) -> None:
-    """In an actor, by ``__ray_call__``: take part no longer; a step that runs has ended before."""
-    assert _here is not None
-    _here.close(inbox)
 
 
 async def _await(value: Any) -> Any:
