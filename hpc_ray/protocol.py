@@ -850,12 +850,12 @@ class LogLines(Message, tag=94):
     lines: list[str]
 
 
-class GraphValues(Message, tag=110):
-    """driver of a compiled graph, or an actor in it → who needs these values: they are there. Answer: none."""
+class Values(Message, tag=110):
+    """process → process, both in one compiled graph or collective group: values for it. Answer: none."""
 
-    inbox: bytes  # which graph, at the receiver
-    execution: int
-    values: list[Dependency]  # slot: which value of the graph
+    inbox: bytes  # which graph or group, at the receiver
+    number: int  # graph: of the execution; group: see util.collective.members
+    values: list[Dependency]  # slot: graph: which value; group: the sender's rank
 
 
 class FollowLogs(Message, tag=95):

@@ -38,7 +38,6 @@ from hpc_ray.protocol import (
     ArenaRoom,
     Dependency,
     ExportFunction,
-    GraphValues,
     JobRegistered,
     LogLines,
     Message,
@@ -51,6 +50,7 @@ from hpc_ray.protocol import (
     Shutdown,
     TaskItem,
     TaskReply,
+    Values,
     Welcome,
     decode,
     encode,
@@ -165,7 +165,7 @@ class Client:
         self.lines_shown = 0
         self.log_ended = Waiter()
         self.sleepers: deque[Waiter] = deque()
-        self.inboxes: dict[bytes, Callable[[GraphValues], None]] = {}  # of compiled graphs; called under the lock
+        self.inboxes: dict[bytes, Callable[[Values], None]] = {}  # of graphs and groups; called under the lock
         self.mourners: list[Callable[[Callable[[int], bool]], None]] = []  # told of deaths, under the lock
         self.interrupts = Interrupts(self)
         self.dead: set[int] = set()  # processes that are known to be gone
@@ -193,7 +193,7 @@ class Client:
                 NodeDied: self._on_node_died,
                 Shutdown: self._on_shutdown,
                 LogLines: self._on_log_lines,
-                GraphValues: self._on_graph_values,
+                Values: self._on_values,
                 Welcome: self._on_welcome,
             }
         )
@@ -538,9 +538,9 @@ class Client:
         for mourner in self.mourners:
             mourner(is_dead)
 
-    def _on_graph_values(self, source: int, message: GraphValues) -> None:
+    def _on_values(self, source: int, message: Values) -> None:
         receive = self.inboxes.get(message.inbox)
-        if receive is not None:  # else the graph has ended here
+        if receive is not None:  # else it has ended here
             receive(message)
 
     def _on_shutdown(self, source: int, message: Shutdown) -> None:

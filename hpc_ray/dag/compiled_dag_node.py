@@ -30,7 +30,7 @@ from hpc_ray.exceptions import (
     RayError,
     RayTaskError,
 )
-from hpc_ray.protocol import ActorState, Dependency, GraphValues
+from hpc_ray.protocol import ActorState, Dependency, Values
 from hpc_ray.session import ensure_connected
 
 if TYPE_CHECKING:
@@ -407,7 +407,7 @@ class CompiledDAG:
             self._executions[index] = execution
             self._last = index
         for feed in self._feeds:
-            client.send(feed.address, GraphValues(feed.inbox, index, [packed[slot] for slot in feed.slots]))
+            client.send(feed.address, Values(feed.inbox, index, [packed[slot] for slot in feed.slots]))
         return _Submitted(index, execution)
 
     def _check_input(self, args: tuple, kwargs: dict[str, Any]) -> None:
@@ -432,9 +432,9 @@ class CompiledDAG:
         if not client.block(waiter, self._submit_timeout if self._submit_timeout >= 0 else None):
             raise RayChannelTimeoutError(f"the owners of references in earlier results did not answer in {self._submit_timeout} s")
 
-    def _on_values(self, message: GraphValues) -> None:
+    def _on_values(self, message: Values) -> None:
         """Under the lock."""
-        execution = self._executions.get(message.execution)
+        execution = self._executions.get(message.number)
         if execution is not None:
             for dependency in message.values:
                 execution.arrived[int(dependency.slot)] = dependency
@@ -538,8 +538,8 @@ def _close(members: list[_Member]) -> list[ObjectRef]:
     return closed
 
 
-def _receiver(this: weakref.ref[CompiledDAG]) -> Callable[[GraphValues], None]:
-    def receive(message: GraphValues) -> None:
+def _receiver(this: weakref.ref[CompiledDAG]) -> Callable[[Values], None]:
+    def receive(message: Values) -> None:
         graph = this()
         if graph is not None:
             graph._on_values(message)

@@ -1,6 +1,6 @@
 """The part of compiled graphs that an actor runs: which methods, in which order, with values from whom and to whom.
 
-A program comes by an ordinary call (``open_graph``). From then on values come by ``GraphValues`` straight from whoever made them, and a
+A program comes by an ordinary call (``open_graph``). From then on values come by ``Values`` straight from whoever made them, and a
 step runs in the actor's thread as soon as it is its turn and its values are there; ordinary calls run in between.
 
 GRAPH-1 (order): the steps of an actor run in the order of the program, execution after execution, so its state changes as if all
@@ -24,7 +24,7 @@ from hpc_ray.client.graphs import Program, Slot, install
 from hpc_ray.client.objects import ERROR
 from hpc_ray.client.refs import ObjectRef
 from hpc_ray.exceptions import AsyncioActorExit
-from hpc_ray.protocol import Dependency, GraphValues, Result
+from hpc_ray.protocol import Dependency, Result, Values
 from hpc_ray.worker.results import dump_error
 
 if TYPE_CHECKING:
@@ -63,8 +63,8 @@ class Graph:
 
     # -------------------------------------------------------------- messages (under the client's lock)
 
-    def on_values(self, message: GraphValues) -> None:
-        arrived = self.values.setdefault(message.execution, {})
+    def on_values(self, message: Values) -> None:
+        arrived = self.values.setdefault(message.number, {})
         for dependency in message.values:
             arrived[int(dependency.slot)] = dependency
         if not self.queued and self.ready():
@@ -188,7 +188,7 @@ class Graph:
         step = self.steps[self.next]
         execution = self.execution
         messages = [
-            (receiver.address, GraphValues(receiver.inbox, execution, [packed[slot] for slot in receiver.slots]))
+            (receiver.address, Values(receiver.inbox, execution, [packed[slot] for slot in receiver.slots]))
             for receiver in step.receivers
         ]
         with client.lock:
@@ -205,7 +205,7 @@ class Graph:
                 return
         self.send(messages)
 
-    def send(self, messages: list[tuple[int, GraphValues]]) -> None:
+    def send(self, messages: list[tuple[int, Values]]) -> None:
         for address, message in messages:
             self.client.send(address, message)
 

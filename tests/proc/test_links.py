@@ -128,6 +128,31 @@ print('all right', flush=True)
     assert "all right" in out and process.returncode == 0, err
 
 
+def test_a_compiled_graph_over_three_nodes():
+    """Small values go as messages, large ones are fetched from the node where they lie; the end of a node ends the graph."""
+    text = """
+from hpc_ray.dag import InputNode, MultiOutputNode
+a, b, c = holders
+with InputNode() as n:
+    made = a.make.bind(n)
+    graph = MultiOutputNode([b.total.bind(made), c.total.bind(made), made]).experimental_compile(_max_inflight_executions=3)
+for n in [10, 1_000_000, 20, 2_000_000, 1_000_001] * 2:
+    one, two, array = ray.get(graph.execute(n), timeout=60)
+    assert one == two == n * (n - 1) // 2 == array.sum() and len(array) == n
+ray.kill(c)
+try:
+    for n in range(3):
+        ray.get(graph.execute(n), timeout=60)
+except ray.exceptions.ActorDiedError as error:
+    assert c._actor_id.hex() in str(error)
+    print('all right', flush=True)
+graph.teardown()
+"""
+    with driver(text) as process:
+        out, err = process.communicate(timeout=90)
+    assert "all right" in out and process.returncode == 0, err
+
+
 def test_links_sleep_when_nothing_happens():
     with driver("print('up', flush=True); sys.stdin.read(); time.sleep(1000)") as process:
         assert process.stdout.readline()
