@@ -338,8 +338,9 @@ class Client:
                 return
             callback()
 
-    def block(self, waiter: Waiter, timeout_s: float | None = None) -> bool:
-        """Wait, draining meanwhile; False if the time is over. Blocks.
+    def block(self, waiter: Waiter, timeout_s: float | None = None, *, gives_way: bool = True) -> bool:
+        """Wait, draining meanwhile; False if the time is over. Blocks. In a worker others may use its CPU meanwhile, unless what
+        it waits for is a process that has one (``gives_way``).
 
         Raises:
             LocalRayletDiedError: the node is gone.
@@ -351,6 +352,7 @@ class Client:
         blocked = False
         interrupts = self.interrupts
         main = threading.get_ident() == interrupts.main
+        gives_way = gives_way and main and self.on_blocked is not None
         outer = interrupts.waiting
         try:
             if main:
@@ -363,18 +365,18 @@ class Client:
                 left = None if deadline is None else deadline - self.now()
                 if left is not None and left <= 0:
                     left = 0.0
-                if main and self.on_blocked is not None and not blocked:
+                if gives_way and not blocked:
                     if self.tasks.starved():
                         blocked = True
-                        self.on_blocked()
+                        self.on_blocked()  # type: ignore[misc]
                     else:
                         left = 0.0005 if left is None else min(left, 0.0005)
                 got = self._drain(waiter, left)
                 if waiter.done:
                     break
-                if main and not got and not blocked and self.on_blocked is not None:
+                if gives_way and not got and not blocked:
                     blocked = True
-                    self.on_blocked()
+                    self.on_blocked()  # type: ignore[misc]
                 if deadline is not None and self.now() >= deadline:
                     return False
         finally:

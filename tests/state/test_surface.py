@@ -41,9 +41,9 @@ REASONS: dict[str, str] = {
     "util:iter": "deprecated in Ray",
     "util:pdb": "needs a port",
     "util:ray_debugpy": "needs a port",
-    "util:collective": "not there yet",
-    "util.collective:": "not there yet",
-    "util.collective.types:": "not there yet",
+    "util.collective:*_multigpu": "several GPUs of a process, through NCCL",
+    "util.collective:register_collective_backend": "other backends are called directly",
+    "util.collective.types:*Options": "arguments of Ray's own backends",
     # made by the runtime, never by programs
     "actor:ActorHandle.__init__": "made by remote()",
     "actor:ActorMethod.__init__": "made by the handle",
