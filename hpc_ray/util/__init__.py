@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import socket
 from typing import Any, NoReturn
 
@@ -79,8 +80,10 @@ _LEFT_OUT = {
 }
 
 
-def __getattr__(name: str) -> NoReturn:
-    """What Ray has and hpc_ray has not, with the reason."""
+def __getattr__(name: str) -> Any:
+    """``collective``, which is imported when it is used; for what Ray has and hpc_ray has not, the reason."""
+    if name == "collective":
+        return importlib.import_module("hpc_ray.util.collective")
     why = f": {_LEFT_OUT[name]}" if name in _LEFT_OUT else ""
     raise AttributeError(f"module 'hpc_ray.util' has no attribute {name!r}{why}")
 

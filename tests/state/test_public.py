@@ -15,8 +15,8 @@ if not hasattr(hpc_ray, "init"):
 PUBLIC = {
     # functions
     "available_resources", "cancel", "client", "cluster_resources", "cpp_function", "get", "get_actor", "get_gpu_ids",
-    "get_runtime_context", "init", "is_initialized", "java_actor_class", "java_function", "kill", "method", "nodes", "put",
-    "remote", "shutdown", "wait",
+    "get_runtime_context", "init", "install_as_ray", "is_initialized", "java_actor_class", "java_function", "kill", "method",
+    "nodes", "put", "remote", "shutdown", "wait",
     # classes
     "ActorClassID", "ActorID", "ClientBuilder", "DynamicObjectRefGenerator", "FunctionID", "JobID", "Language",
     "LoggingConfig", "NodeID", "ObjectID", "ObjectRef", "ObjectRefGenerator", "PlacementGroupID", "TaskID", "UniqueID",
