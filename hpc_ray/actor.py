@@ -14,6 +14,7 @@ from hpc_ray.client.client import Client
 from hpc_ray.client.refs import ObjectRef
 from hpc_ray.client.streams import code_of
 from hpc_ray.client.tasks import Function, Task, Template
+from hpc_ray.dag.class_node import ClassNode, bind_method
 from hpc_ray.exceptions import ActorAlreadyExistsError, ActorHandleNotFoundError
 from hpc_ray.ids import GCS_ADDRESS, ActorID
 from hpc_ray.options import METHOD_OPTIONS, amounts, check_actor, check_method, shape_of
@@ -67,13 +68,16 @@ def exit_actor() -> None:
 class ActorMethod:
     """A method of an actor: ``handle.method.remote(...)``."""
 
-    __slots__ = ("_handle", "_name", "_signature", "_template")
+    __slots__ = ("_handle", "_name", "_options", "_signature", "_template")
 
-    def __init__(self, handle: ActorHandle, name: str, template: Template, signature: Signature):
+    def __init__(
+        self, handle: ActorHandle, name: str, template: Template, signature: Signature, options: dict[str, Any] | None = None
+    ):
         self._handle = handle
         self._name = name
         self._template = template
         self._signature = signature
+        self._options = options or {}
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         raise TypeError(
@@ -92,11 +96,17 @@ class ActorMethod:
             client = handle._client
         return client.actors.call(handle._link, template, args, kwargs)
 
+    def bind(self, *args: Any, **kwargs: Any) -> Any:
+        """A node of a task graph: this call, to be made by ``execute``; several nodes if it has several return values.
+        See ``hpc_ray.dag``."""
+        self._signature.check(args, kwargs)
+        return bind_method(self._handle, self._name, args, kwargs, self._options, self._template.num_returns)
+
     def options(self, **options: Any) -> ActorMethod:
         """The same method with other options."""
         check_method(options)
         handle = self._handle
-        return ActorMethod(handle, self._name, handle._make_template(self._name, options), self._signature)
+        return ActorMethod(handle, self._name, handle._make_template(self._name, options), self._signature, options)
 
 
 class ActorHandle:
@@ -209,17 +219,24 @@ def weak_handle(description: bytes) -> ActorHandle:
     return ActorHandle(actor_id, class_name, methods, defaults, None)
 
 
+class ActorClassInheritanceException(TypeError):
+    """A class was derived from an actor class."""
+
+
 class ActorClass:
     """A class whose instances live in processes of their own: ``Class.remote(...)`` makes one and gives a handle."""
 
+    __name__: str
     _cls: type
     _options: dict[str, Any]
     _exported: Function | None
 
-    def __init__(self, *args: Any, **kwargs: Any):
-        raise TypeError(
-            f"Actors cannot be instantiated directly. Instead of '{type(self).__name__}()', use "
-            f"'{type(self).__name__}.remote()'."
+    def __init__(self, name: str, bases: tuple, attr: dict[str, Any]):
+        """What ``class B(A)`` calls for an actor class A."""
+        base = next(base.__name__ for base in bases if isinstance(base, ActorClass))
+        raise ActorClassInheritanceException(
+            f"Attempted to define subclass '{name}' of actor class '{base}'. Actor classes cannot be inherited from: "
+            "derive from the plain class, and make the derived class an actor class with @remote."
         )
 
     @classmethod
@@ -308,6 +325,7 @@ class ActorClass:
             client.job_id,
             name=options.get("name") or "",
             namespace=options.get("namespace") or context.namespace,
+            logging=context.logging,
             detached=detached,
             max_restarts=restarts,
             max_task_retries=task_retries,
@@ -326,6 +344,10 @@ class ActorClass:
         if answer.error:
             raise ActorAlreadyExistsError(answer.error)
         return ActorHandle(*description, scope)
+
+    def bind(self, *args: Any, **kwargs: Any) -> ClassNode:
+        """A node of a task graph: an actor, to be made by ``execute``. See ``hpc_ray.dag``."""
+        return ClassNode(self, self._cls, args, kwargs, self._options)
 
     def __reduce__(self) -> Any:
         return _rebuild_class, (self._cls.__mro__[1], packing.portable(self._options))

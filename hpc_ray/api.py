@@ -50,10 +50,12 @@ def _make(target: Any, options: dict[str, Any]) -> Any:
     )
 
 
-def get(object_refs: ObjectRef | Sequence[ObjectRef], *, timeout: float | None = None) -> Any:
+def get(
+    object_refs: ObjectRef | Sequence[ObjectRef], *, timeout: float | None = None, _use_object_store: bool = False
+) -> Any:
     """The value of a reference, or the values of a list of them. Blocks until they are there.
 
-    Arrays in the values are read-only views on the object store.
+    Arrays in the values are read-only views on the object store, which is where all objects are: ``_use_object_store`` says so.
 
     Raises:
         RayTaskError: the task failed; it is also an instance of the class that was raised.
@@ -66,6 +68,8 @@ def get(object_refs: ObjectRef | Sequence[ObjectRef], *, timeout: float | None =
         return client.get_one(object_refs, timeout)
     if hasattr(object_refs, "_get_for_api"):
         return object_refs._get_for_api(timeout)
+    if isinstance(object_refs, list) and object_refs and hasattr(object_refs[0], "_get_for_api"):
+        return [get(item, timeout=timeout) for item in object_refs]
     if not isinstance(object_refs, list):
         raise ValueError(
             f"get takes an ObjectRef or a list of ObjectRefs, not {type(object_refs).__name__}: {_short(object_refs)}"
@@ -76,11 +80,12 @@ def get(object_refs: ObjectRef | Sequence[ObjectRef], *, timeout: float | None =
     return client.get_many(object_refs, timeout)
 
 
-def put(value: Any, *, _owner: Any = None, _tensor_transport: str = "object_store") -> ObjectRef:
+def put(value: Any, *, _owner: Any = None, _tensor_transport: str | None = None) -> ObjectRef:
     """Store a value (a copy of it); its reference.
 
     Raises:
         TypeError: the value is a reference, or cannot be pickled.
+        ValueError: another owner, or a transport that there is not.
         ObjectStoreFullError: no room.
     """
     if isinstance(value, ObjectRef):
@@ -88,6 +93,8 @@ def put(value: Any, *, _owner: Any = None, _tensor_transport: str = "object_stor
             "Calling 'put' on an ObjectRef is not allowed. If you really want to store a reference, put it in a list: "
             "put([ref])."
         )
+    if _tensor_transport not in (None, "object_store"):
+        raise ValueError(f"put(_tensor_transport={_tensor_transport!r}): objects travel through the object store; leave it out")
     if _owner is not None:
         raise ValueError("put(_owner=...) is not offered: an object belongs to the process that puts it. Put it in that actor.")
     return ensure_connected().put(value)

@@ -82,7 +82,12 @@ class Cluster:
         return self._world.session
 
     @property
+    def gcs_address(self) -> str:
+        """The same: the GCS has no port of its own."""
+        return self.address
+
     def list_all_nodes(self) -> list[Node]:
+        """The head and the others, as far as they have not been removed."""
         return [*([self.head_node] if self.head_node is not None else []), *self.worker_nodes]
 
     def connect(self, namespace: str | None = None) -> Any:
@@ -138,7 +143,7 @@ class Cluster:
         Raises:
             TimeoutError: not within ``timeout`` seconds.
         """
-        expected = len(self.list_all_nodes)
+        expected = len(self.list_all_nodes())
         self._wait_until(lambda: len(_alive()) == expected, timeout)
 
     def _wait_until(self, condition: Any, timeout_s: float) -> None:

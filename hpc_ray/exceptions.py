@@ -52,7 +52,7 @@ class RayTaskError(RayError):
         super().__init__(cause)
         self.function_name = function_name
         self.traceback_str = traceback_str
-        self.cause = cause
+        self.cause: BaseException = cause
         self.proctitle = proctitle or "hpc_ray::" + function_name
         self.pid = pid if pid is not None else os.getpid()
         self.ip = ip or "127.0.0.1"
@@ -395,18 +395,6 @@ class RpcError(RayError):
         return self.message
 
 
-class RayChannelError(RayError):
-    """A channel of a compiled graph broke."""
-
-
-class RayChannelTimeoutError(RayChannelError, TimeoutError):
-    """A channel of a compiled graph did not deliver in time."""
-
-
-class RayCgraphCapacityExceeded(RayError):
-    """Too many executions of a compiled graph are in flight."""
-
-
 # ------------------------------------------------------------------ a bug in hpc_ray, or the system as such
 
 
@@ -421,6 +409,38 @@ class RaySystemError(RayError):
     def __str__(self) -> str:
         text = f"System error: {self.client_exc}"
         return text + (f"\ntraceback: {self.traceback_str}" if self.traceback_str else "")
+
+
+class RayChannelError(RaySystemError):
+    """A channel of a compiled graph broke."""
+
+
+class RayChannelTimeoutError(RayChannelError, TimeoutError):
+    """A compiled graph did not take an input, or did not give a result, in time."""
+
+
+class RayCgraphCapacityExceeded(RaySystemError):
+    """Too many executions of a compiled graph are in flight, or too many of its results wait for ``get``."""
+
+
+class RayDirectTransportError(RaySystemError):
+    """A tensor that was to travel outside the object store did not arrive."""
+
+
+class StreamingGeneratorReplayInconsistentError(RaySystemError):
+    """A generator that was run again gave another number of items."""
+
+
+class AuthenticationError(RayError):
+    """Whoever asked may not."""
+
+
+class PlasmaObjectNotAvailable(RayError):
+    """The object store does not have the object."""
+
+
+class OufOfBandObjectRefSerializationException(RayError):
+    """A reference was pickled outside of the runtime where that is not allowed. (The name is Ray's.)"""
 
 
 class ObjectRefStreamEndOfStreamError(RayError):

@@ -110,12 +110,12 @@ class BaseID:
         return cls(os.urandom(cls.SIZE))
 
     @classmethod
-    def from_binary(cls, data: bytes) -> Any:
-        return cls(data)
+    def from_binary(cls, id_bytes: bytes) -> Any:
+        return cls(id_bytes)
 
     @classmethod
-    def from_hex(cls, text: str) -> Any:
-        return cls(bytes.fromhex(text))
+    def from_hex(cls, hex_id: str) -> Any:
+        return cls(bytes.fromhex(hex_id))
 
     def binary(self) -> bytes:
         return self._bytes
@@ -153,6 +153,24 @@ class NodeID(UniqueID):
 
 class WorkerID(UniqueID):
     """Of a process: a worker or a driver."""
+
+    __slots__ = ()
+
+
+class ClusterID(UniqueID):
+    """Of a cluster."""
+
+    __slots__ = ()
+
+
+class FunctionID(UniqueID):
+    """Of a remote function."""
+
+    __slots__ = ()
+
+
+class ActorClassID(UniqueID):
+    """Of an actor's class."""
 
     __slots__ = ()
 
@@ -197,3 +215,8 @@ class PlacementGroupID(BaseID):
 
     SIZE = 18
     __slots__ = ()
+
+    @classmethod
+    def of(cls, job_id: JobID) -> PlacementGroupID:
+        """A new one in a job."""
+        return cls(os.urandom(cls.SIZE - JobID.SIZE) + job_id.binary())

@@ -124,6 +124,7 @@ class ActorSpec(msgspec.Struct, frozen=True, array_like=True):
     handle: bytes = b""  # serialised handle, given to whoever finds the actor by name
     creation_task_id: bytes = b""
     call_site: str = ""
+    logging: str = ""  # LoggingConfig as JSON
 
 
 class ActorState(enum.IntEnum):
@@ -485,6 +486,7 @@ class UseLease(Message, tag=28):
     shape: Shape
     namespace: str
     instances: dict[str, list[list[int]]]
+    logging: str = ""  # LoggingConfig as JSON
 
 
 # ------------------------------------------------------------------ process ↔ owner: objects and references
@@ -926,6 +928,14 @@ class LogLines(Message, tag=94):
     job_id: bytes
     is_error: bool
     lines: list[str]
+
+
+class Values(Message, tag=110):
+    """process → process, both in one compiled graph or collective group: values for it. Answer: none."""
+
+    inbox: bytes  # which graph or group, at the receiver
+    number: int  # graph: of the execution; group: see util.collective.members
+    values: list[Dependency]  # slot: graph: which value; group: the sender's rank
 
 
 class FollowLogs(Message, tag=95):

@@ -14,6 +14,7 @@ from hpc_ray.client import context
 from hpc_ray.client.client import Client
 from hpc_ray.client.streams import code_of
 from hpc_ray.client.tasks import Function, Template
+from hpc_ray.dag.function_node import FunctionNode
 from hpc_ray.options import amounts, check_task, shape_of
 from hpc_ray.session import ensure_connected
 
@@ -133,6 +134,10 @@ class RemoteFunction:
         other._exported = self._exported
         return Changed(other)
 
+    def bind(self, *args: Any, **kwargs: Any) -> FunctionNode:
+        """A node of a task graph: this call, to be made by ``execute``. See ``hpc_ray.dag``."""
+        return FunctionNode(self, args, kwargs, self._options)
+
     def _submit(self, args: tuple, kwargs: dict) -> Any:
         client = context.client
         if client is None or client is not self._client or context.captured != self._captured:
@@ -186,6 +191,9 @@ class Changed:
 
     def remote(self, *args: Any, **kwargs: Any) -> Any:
         return self._target.remote(*args, **kwargs)
+
+    def bind(self, *args: Any, **kwargs: Any) -> Any:
+        return self._target.bind(*args, **kwargs)
 
 
 def _rebuild(function: Callable, options: dict[str, Any]) -> RemoteFunction:

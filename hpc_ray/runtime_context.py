@@ -7,7 +7,7 @@ from typing import Any
 from hpc_ray import actor as actors
 from hpc_ray.client import context
 from hpc_ray.client.client import Client
-from hpc_ray.ids import ActorID, JobID, NodeID, TaskID, WorkerID
+from hpc_ray.ids import ActorID, JobID, NodeID, PlacementGroupID, TaskID, WorkerID
 from hpc_ray.protocol import UNIT
 from hpc_ray.runtime_env import RuntimeEnv
 from hpc_ray.session import ensure_connected
@@ -103,6 +103,16 @@ class RuntimeContext:
         return shape.group_id.hex() if shape is not None and shape.group_id else None
 
     @property
+    def current_placement_group_id(self) -> PlacementGroupID | None:
+        found = self.get_placement_group_id()
+        return PlacementGroupID.from_hex(found) if found else None
+
+    @property
+    def gcs_address(self) -> str:
+        """The name of the session, which ``init(address=...)`` takes: the GCS has no port."""
+        return self._client.config.session
+
+    @property
     def should_capture_child_tasks_in_placement_group(self) -> bool:
         shape = _shape()
         return bool(shape is not None and shape.capture_children)
@@ -124,6 +134,10 @@ class RuntimeContext:
     def get_accelerator_ids(self) -> dict[str, list[str]]:
         """The GPUs of this task or actor."""
         return {"GPU": [str(index) for index in gpu_ids()]}
+
+    def get_resource_ids(self) -> dict[str, list[str]]:
+        """The older name of ``get_accelerator_ids``."""
+        return self.get_accelerator_ids()
 
     def get(self) -> dict[str, Any]:
         """The older form: a dict of some of the fields."""

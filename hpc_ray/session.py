@@ -17,6 +17,7 @@ from typing import Any
 from hpc_ray import as_ray
 from hpc_ray.client import context
 from hpc_ray.client.client import Client, Waiter
+from hpc_ray.client.logging_config import LoggingConfig, use_logging
 from hpc_ray.config import Settings
 from hpc_ray.exceptions import LaunchError, LocalRayletDiedError, RayError
 from hpc_ray.ids import GCS_ADDRESS, raylet_address
@@ -33,7 +34,7 @@ from hpc_ray.protocol import (
     ProcessLeaving,
     RegisterJob,
 )
-from hpc_ray.version import __version__
+from hpc_ray.version import __commit__, __version__
 
 _lock = threading.RLock()
 _attachment: Any = None
@@ -47,7 +48,7 @@ class Context(Mapping):
         self.address_info = address_info
         self.python_version = ".".join(map(str, sys.version_info[:3]))
         self.ray_version = __version__
-        self.ray_commit = ""
+        self.ray_commit = __commit__
         self.dashboard_url = address_info["webui_url"] or ""
 
     def __getitem__(self, key: str) -> Any:
@@ -89,11 +90,11 @@ def init(
     local_mode: bool = False,
     ignore_reinit_error: bool = False,
     include_dashboard: bool | None = None,
-    dashboard_host: str | None = None,
+    dashboard_host: str = "127.0.0.1",
     dashboard_port: int | None = None,
     job_config: Any = None,
     configure_logging: bool = True,
-    logging_level: int | str | None = None,
+    logging_level: int | str = "info",
     logging_format: str | None = None,
     logging_config: Any = None,
     log_to_driver: bool | None = None,
@@ -116,6 +117,7 @@ def init(
             here: leave them out, or give them to the launcher, to use all nodes. The store's size is the launcher's to say.
         ignore_reinit_error: a second ``init`` keeps the session instead of raising.
         configure_logging, logging_level, logging_format: of the logger "hpc_ray" in this process.
+        logging_config: a LoggingConfig (or its fields as a dict): the root loggers of this process and of all tasks and actors.
         log_to_driver: show what workers print (default: yes).
         include_dashboard: serve a page on the session, its lists as JSON and its metrics from this process; the context's
             ``dashboard_url`` says where. Default: if a host or port is given. Needs the extra ``dashboard``; without that there
@@ -159,7 +161,6 @@ def init(
             raise RuntimeError(f"Unknown keyword argument(s): {', '.join(sorted(kwargs))}; see help(hpc_ray.init)")
         _refuse_what_is_not_offered(
             local_mode=local_mode,
-            logging_config=logging_config,
             enable_resource_isolation=enable_resource_isolation,
             system_reserved_cpu=system_reserved_cpu,
             system_reserved_memory=system_reserved_memory,
@@ -178,6 +179,7 @@ def init(
             raise ValueError(f"num_nodes must be a whole number from 1 on, it is {num_nodes!r}")
         if configure_logging:
             _configure_logging(logging_level, logging_format)
+        logs = _logging_text(logging_config)
         settings = Settings.from_environment(system)
         given: dict[str, Any] = {
             "num_cpus": num_cpus,
@@ -201,6 +203,7 @@ def init(
         except BaseException:
             attachment.close()
             raise
+        use_logging(logs)
         _attachment = attachment
         atexit.register(shutdown)
         if include_dashboard or (include_dashboard is None and (dashboard_host is not None or dashboard_port is not None)):
@@ -235,7 +238,6 @@ def serve_dashboard(host: str | None, port: int | None) -> str | None:
 
 _INSTEAD = {
     "local_mode": "it was removed from Ray; run the function without remote() to debug it",
-    "logging_config": "use logging_level and logging_format",
     "enable_resource_isolation": "the launcher (Slurm, systemd) owns the cgroups",
     "system_reserved_cpu": "say num_cpus instead",
     "system_reserved_memory": "say object_store_memory instead",
@@ -295,10 +297,9 @@ def _check_amounts(
 _ARGUMENT = {"CPU": "num_cpus", "GPU": "num_gpus", "memory": "memory", "object_store_memory": "object_store_memory"}
 
 
-def _configure_logging(level: int | str | None, form: str | None) -> None:
+def _configure_logging(level: int | str, form: str | None) -> None:
     logger = logging.getLogger("hpc_ray")
-    if level is not None:
-        logger.setLevel(level)
+    logger.setLevel(level.upper() if isinstance(level, str) else level)
     if form is not None:
         handler = logging.StreamHandler()
         handler.setFormatter(logging.Formatter(form))
@@ -389,6 +390,17 @@ def _register_job(client: Client, name: str, job: JobConfig) -> str:
     return environment
 
 
+def _logging_text(logging_config: Any) -> str:
+    """As it travels. Raises TypeError for what is no LoggingConfig and no dict."""
+    if logging_config is None:
+        return ""
+    if isinstance(logging_config, dict):
+        logging_config = LoggingConfig.from_dict(logging_config)
+    if not isinstance(logging_config, LoggingConfig):
+        raise TypeError(f"logging_config must be a LoggingConfig or a dict of its fields, not {type(logging_config).__name__}")
+    return json.dumps(logging_config.to_dict())
+
+
 def _print_log(message: LogLines) -> None:
     stream = sys.stderr if message.is_error else sys.stdout
     client = context.client
@@ -429,8 +441,8 @@ def install_as_ray() -> None:
     as_ray.install()
 
 
-def shutdown(*, wait_for_processes: bool = True, _exiting_interpreter: bool = False) -> None:
-    """End this process's session; a cluster that ``init`` started ends with it. Blocks until it has. Harmless without one."""
+def shutdown(*, wait_for_processes: bool = False, _exiting_interpreter: bool = False) -> None:
+    """End this process's session; a cluster that ``init`` started ends with it. Always blocks until it has. Harmless without one."""
     global _attachment, _dashboard
     with _lock:
         client, attachment = context.client, _attachment
@@ -440,6 +452,7 @@ def shutdown(*, wait_for_processes: bool = True, _exiting_interpreter: bool = Fa
         if _dashboard is not None:
             _dashboard.close()
             _dashboard = None
+        use_logging("")
         context.set_client(None)
         context.runtime_env, context.detached = "", None
         _attachment = None

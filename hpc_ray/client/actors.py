@@ -15,6 +15,7 @@ ACTOR-3 (scope): while a counted handle exists anywhere the actor lives. Handles
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from hpc_ray.client.objects import FREED, Entry, State
@@ -100,6 +101,7 @@ class ActorLink:
         "queue",
         "scope",
         "state",
+        "watchers",
     )
 
     def __init__(self, actor_id: bytes, class_name: str, out_of_order: bool, max_pending: int):
@@ -117,6 +119,7 @@ class ActorLink:
         self.pending = 0  # calls without a reply; while there are any they hold ``scope`` (ACTOR-3)
         self.scope: Entry | None = None
         self.doomed = False  # this process has killed it for good: nothing but its death is news
+        self.watchers: list[Callable[[RayError], None]] = []  # told, under the lock, when the process is gone
 
     @property
     def worker(self) -> int:
@@ -352,12 +355,15 @@ class ActorSubmitter:
 
     def lost_process(self, link: ActorLink, cause: DeathCause | None) -> None:
         """The process that had our calls is gone and the actor comes back (ACTOR-2)."""
+        unavailable = ActorUnavailableError(
+            cause.text if cause is not None else "its process died and it is being restarted", link.id
+        )
+        self.tell_watchers(link, unavailable)
         if not link.inflight:
             return
         tasks = list(link.inflight.values())
         link.inflight.clear()
-        text = cause.text if cause is not None else "its process died and it is being restarted"
-        error = Result(ResultKind.ERROR, dumps(ActorUnavailableError(text, link.id)))
+        error = Result(ResultKind.ERROR, dumps(unavailable))
         for task in reversed(tasks):
             if task.retries_left != 0 and not task.cancelled:
                 self.client.records.note_call(task, [error])
@@ -372,12 +378,18 @@ class ActorSubmitter:
 
     def fail_all(self, link: ActorLink) -> None:
         error = death_error(link.id, link.class_name, link.cause, link.info)
+        self.tell_watchers(link, error)
         tasks = [*link.inflight.values(), *link.queue]
         link.inflight.clear()
         link.queue.clear()
         for task in tasks:
             self.end(task)
             self.packer.fail(task, TaskCancelledError(TaskID(task.id)) if task.cancelled else error)
+
+    def tell_watchers(self, link: ActorLink, error: RayError) -> None:
+        watchers, link.watchers = link.watchers, []
+        for watch in watchers:
+            watch(error)
 
     def on_process_died(self, address: int) -> None:
         for link in self.links.values():

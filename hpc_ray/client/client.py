@@ -37,6 +37,7 @@ from hpc_ray.protocol import (
     Answer,
     ArenaFullNotice,
     ArenaRoom,
+    Dependency,
     ExportFunction,
     JobRegistered,
     LogLines,
@@ -50,6 +51,7 @@ from hpc_ray.protocol import (
     Shutdown,
     TaskItem,
     TaskReply,
+    Values,
     Welcome,
     decode,
     encode,
@@ -164,6 +166,8 @@ class Client:
         self.lines_shown = 0
         self.log_ended = Waiter()
         self.sleepers: deque[Waiter] = deque()
+        self.inboxes: dict[bytes, Callable[[Values], None]] = {}  # of graphs and groups; called under the lock
+        self.mourners: list[Callable[[Callable[[int], bool]], None]] = []  # told of deaths, under the lock
         self.interrupts = Interrupts(self)
         self.dead: set[int] = set()  # processes that are known to be gone
         self.dead_nodes: set[int] = set()
@@ -192,6 +196,7 @@ class Client:
                 NodeDied: self._on_node_died,
                 Shutdown: self._on_shutdown,
                 LogLines: self._on_log_lines,
+                Values: self._on_values,
                 Welcome: self._on_welcome,
             }
         )
@@ -358,8 +363,9 @@ class Client:
                 return
             callback()
 
-    def block(self, waiter: Waiter, timeout_s: float | None = None) -> bool:
-        """Wait, draining meanwhile; False if the time is over. Blocks.
+    def block(self, waiter: Waiter, timeout_s: float | None = None, *, gives_way: bool = True) -> bool:
+        """Wait, draining meanwhile; False if the time is over. Blocks. In a worker others may use its CPU meanwhile, unless what
+        it waits for is a process that has one (``gives_way``).
 
         Raises:
             LocalRayletDiedError: the node is gone.
@@ -371,6 +377,7 @@ class Client:
         blocked = False
         interrupts = self.interrupts
         main = threading.get_ident() == interrupts.main
+        gives_way = gives_way and main and self.on_blocked is not None
         outer = interrupts.waiting
         try:
             if main:
@@ -383,18 +390,18 @@ class Client:
                 left = None if deadline is None else deadline - self.now()
                 if left is not None and left <= 0:
                     left = 0.0
-                if main and self.on_blocked is not None and not blocked:
+                if gives_way and not blocked:
                     if self.tasks.starved():
                         blocked = True
-                        self.on_blocked()
+                        self.on_blocked()  # type: ignore[misc]
                     else:
                         left = 0.0005 if left is None else min(left, 0.0005)
                 got = self._drain(waiter, left)
                 if waiter.done:
                     break
-                if main and not got and not blocked and self.on_blocked is not None:
+                if gives_way and not got and not blocked:
                     blocked = True
-                    self.on_blocked()
+                    self.on_blocked()  # type: ignore[misc]
                 if deadline is not None and self.now() >= deadline:
                     return False
         finally:
@@ -528,6 +535,7 @@ class Client:
         for request in list(self._requests.values()):
             if request.destination == address:
                 request.finish()
+        self._mourn(lambda other: other == address)
 
     def hear_last_words(self, address: int) -> None:
         """Handle all that a process has sent before its death is handled (PROTO-3): what is in this batch, and what has come
@@ -551,6 +559,16 @@ class Client:
         for request in list(self._requests.values()):
             if node_of(request.destination) == message.node:
                 request.finish()
+        self._mourn(lambda other: node_of(other) == message.node)
+
+    def _mourn(self, is_dead: Callable[[int], bool]) -> None:
+        for mourner in self.mourners:
+            mourner(is_dead)
+
+    def _on_values(self, source: int, message: Values) -> None:
+        receive = self.inboxes.get(message.inbox)
+        if receive is not None:  # else it has ended here
+            receive(message)
 
     def _on_shutdown(self, source: int, message: Shutdown) -> None:
         if self.on_shutdown is not None:
@@ -774,6 +792,59 @@ class Client:
             raise RaySystemError(str(error), traceback.format_exc()) from error
         finally:
             self._loading.loans = outer
+
+    def pack_value(self, value: Any, slot: int) -> tuple[Dependency, ObjectRef | None]:
+        """A value for a message to another process; with it a reference to be held until it has been read, if that is needed.
+
+        Raises:
+            TypeError: it cannot be pickled.
+            ObjectStoreFullError: no room for it.
+        """
+        try:
+            serialized = serialize.serialize(value)
+        except Exception as error:
+            where = serialize.explain(value, "value")
+            raise TypeError(f"Could not serialize the value: {error}. The part at fault: {where}") from error
+        if serialized.size <= self.settings.inline_bytes and not serialized.contained:
+            return Dependency(b"", Result(INLINE, serialized.to_bytes(), size=serialized.size), slot), None
+        self.work_off_released()
+        entry = self.objects.put(serialized, [reference._entry for reference in serialized.contained])
+        assert entry.result is not None
+        return Dependency(entry.id, entry.result, slot, entry.places or []), ObjectRef(entry)
+
+    def value_of(self, dependency: Dependency) -> tuple[Any, list[Entry]]:
+        """A value that came in a message, and the references in it that are on loan. Blocks while it is on another node.
+
+        Raises:
+            RayError: it is an error, or lost.
+        """
+        result = dependency.result
+        if result.kind != ARENA:
+            value, loans = self.load_with_loans(result.payload)
+            if result.kind == ERROR:
+                raise value
+            return value, loans
+        here = self.node
+        for node, handle in dependency.places:
+            if node == here:
+                pin = self.files.read(handle)
+                if pin is not None:
+                    return self.load_with_loans(pin)
+        with self.lock:  # on another node: borrow it, on the caller's loan, and wait for a copy
+            entry = self.objects.meet(dependency.object_id)
+            entry.count += 1
+            if not entry.owned:
+                self.objects.set_result(entry, result, [list(place) for place in dependency.places if place[0] != here])
+        try:
+            self.make_available([entry], None)
+            local = self.objects.local_handle(entry)
+            pin = self.files.read(local) if local is not None else None
+            if pin is None:
+                return self.load(entry), []
+            return self.load_with_loans(pin)
+        finally:
+            with self.lock:
+                self.objects.release(entry)
 
     def wait(self, references: Sequence[Any], num_returns: int, timeout_s: float | None, fetch_local: bool) -> list[bool]:
         """Wait until ``num_returns`` are ready or the time is over; which are ready. Blocks."""

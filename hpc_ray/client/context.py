@@ -20,6 +20,7 @@ client: Client | None = None
 namespace: str = ""
 runtime_env: str = ""  # JSON: of the program in a driver, of this process in a worker; what is started here inherits it
 detached: bool | None = None  # whether actors that do not say are detached; None: not asked for yet
+logging: str = ""  # of the job: a LoggingConfig as JSON
 is_worker: bool = False
 actor: ActorContext | None = None  # in a process that is an actor
 

@@ -113,12 +113,12 @@ class ObjectRef(Generic[T]):
         return cls(_NIL)
 
     @classmethod
-    def from_binary(cls, data: bytes) -> ObjectRef:
-        return cls(data)
+    def from_binary(cls, id_bytes: bytes) -> ObjectRef:
+        return cls(id_bytes)
 
     @classmethod
-    def from_hex(cls, text: str) -> ObjectRef:
-        return cls(bytes.fromhex(text))
+    def from_hex(cls, hex_id: str) -> ObjectRef:
+        return cls(bytes.fromhex(hex_id))
 
     def __del__(self, _release: Callable[[Any], None] = _release) -> None:
         try:

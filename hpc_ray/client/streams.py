@@ -209,8 +209,8 @@ def _settle(waiting: Any) -> None:
 class DynamicObjectRefGenerator:
     """The value of a task with ``num_returns="dynamic"``: its references."""
 
-    def __init__(self, references: list[ObjectRef]):
-        self._references = references
+    def __init__(self, refs: list[ObjectRef]):
+        self._references = refs
 
     def __iter__(self) -> Iterator[ObjectRef]:
         while self._references:

@@ -561,7 +561,7 @@ class Scheduler:
         key = (node_of(source), lease.id)
         self.leases[key] = lease
         self.submitter.leases[key] = lease
-        self.client.send(lease.worker, UseLease(lease.id, self.shape, context.namespace, message.instances))
+        self.client.send(lease.worker, UseLease(lease.id, self.shape, context.namespace, message.instances, context.logging))
         self.client.keep_ticking()
         self.idle[lease] = None
         self.pump()

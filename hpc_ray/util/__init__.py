@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
 import socket
-from typing import Any
+from typing import Any, NoReturn
 
 from hpc_ray.client import context
 from hpc_ray.ids import GCS_ADDRESS
@@ -12,8 +13,8 @@ from hpc_ray.session import ensure_connected
 from hpc_ray.util import accelerators
 from hpc_ray.util.actor_pool import ActorPool
 from hpc_ray.util.check_serialize import inspect_serializability
+from hpc_ray.util.debug import disable_log_once_globally, enable_periodic_logging, log_once
 from hpc_ray.util.iteration import as_completed, map_unordered
-from hpc_ray.util.log_once import disable_log_once_globally, enable_periodic_logging, log_once
 from hpc_ray.util.placement_group import (
     get_current_placement_group,
     get_placement_group,
@@ -45,7 +46,18 @@ def get_node_instance_id() -> str:
     return socket.gethostname()
 
 
-def connect(conn_str: str, *args: Any, **kwargs: Any) -> Any:
+def connect(
+    conn_str: str,
+    secure: bool = False,
+    metadata: Any = None,
+    connection_retries: int = 3,
+    job_config: Any = None,
+    namespace: str | None = None,
+    *,
+    ignore_version: bool = False,
+    _credentials: Any = None,
+    ray_init_kwargs: dict[str, Any] | None = None,
+) -> NoReturn:
     """There is no Ray Client here.
 
     Raises:
@@ -59,6 +71,21 @@ def connect(conn_str: str, *args: Any, **kwargs: Any) -> Any:
 
 def disconnect() -> None:
     """Without effect, since nothing is ever connected that way; ``shutdown`` ends a session."""
+
+
+_LEFT_OUT = {
+    "iter": "Ray's parallel iterators are deprecated; use ActorPool, multiprocessing.Pool, or tasks with num_returns=\"streaming\"",
+    "pdb": "a worker has no terminal and no port; call the function without remote() to debug it, or print",
+    "ray_debugpy": "a worker has no port for a debugger; call the function without remote() to debug it",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """``collective``, which is imported when it is used; for what Ray has and hpc_ray has not, the reason."""
+    if name == "collective":
+        return importlib.import_module("hpc_ray.util.collective")
+    why = f": {_LEFT_OUT[name]}" if name in _LEFT_OUT else ""
+    raise AttributeError(f"module 'hpc_ray.util' has no attribute {name!r}{why}")
 
 
 __all__ = [

@@ -24,14 +24,14 @@ from hpc_ray import serialize
 from hpc_ray.client import context
 from hpc_ray.client.client import Client, Waiter
 from hpc_ray.client.context import LeaveProcess
-from hpc_ray.client.objects import ARENA, ERROR, Entry
+from hpc_ray.client.logging_config import use_logging
+from hpc_ray.client.objects import ERROR, Entry
 from hpc_ray.client.records import now_ns
 from hpc_ray.exceptions import TaskCancelledError
 from hpc_ray.ids import TaskID
 from hpc_ray.protocol import (
     ALL_ARGUMENTS,
     CancelTask,
-    Dependency,
     ExportFunction,
     InstallActor,
     ProcessLeaving,
@@ -46,6 +46,7 @@ from hpc_ray.protocol import (
     WorkerBlocked,
     WorkerUnblocked,
 )
+from hpc_ray.worker.graphs import Graph, Graphs
 from hpc_ray.worker.hosting import ActorHost
 from hpc_ray.worker.output import set_job, set_task_name
 from hpc_ray.worker.results import Results
@@ -70,6 +71,7 @@ class Executor:
         self.actor: context.ActorContext | None = None
         self.results = Results(self)
         self.host = ActorHost(self)
+        self.graphs = Graphs(self)
         self.leaving: str | None = None
         self.names: dict[tuple[bytes, str, bytes], tuple[str, str]] = {}  # what tasks are called
         self.status = 0  # exit code of the process
@@ -113,6 +115,7 @@ class Executor:
             self.client.use_job(message.shape.job_id)
             set_job(message.shape.job_id)
         context.namespace = message.namespace
+        use_logging(message.logging)
 
     def use_lease(self, lease_id: int) -> None:
         """Tasks of another lease run from here on."""
@@ -214,6 +217,8 @@ class Executor:
                 source, item = queue.popleft()
                 if type(item) is PushTask:
                     self.execute(source, item)
+                elif type(item) is Graph:
+                    item.run()
                 elif type(item) is InstallActor:
                     self.host.install_actor(item)
                     if self.host.pools or self.host.loop:
@@ -267,7 +272,7 @@ class Executor:
         if not task.dependencies:
             (args, kwargs), loans = client.load_with_loans(data)
             return args, kwargs, loans
-        values = [(dependency.slot, *self.dependency(dependency)) for dependency in task.dependencies]
+        values = [(dependency.slot, *self.client.value_of(dependency)) for dependency in task.dependencies]
         for _, _, more in values:
             loans += more
         if values[0][0] == ALL_ARGUMENTS:
@@ -283,37 +288,6 @@ class Executor:
                 else:
                     kwargs[slot] = value
         return args, kwargs, loans
-
-    def dependency(self, dependency: Dependency) -> tuple[Any, list[Entry]]:
-        client = self.client
-        result = dependency.result
-        if result.kind != ARENA:
-            value, loans = client.load_with_loans(result.payload)
-            if result.kind == ERROR:
-                raise value
-            return value, loans
-        here = client.node
-        for node, handle in dependency.places:
-            if node == here:
-                pin = client.files.read(handle)
-                if pin is not None:
-                    return client.load_with_loans(pin)
-        with client.lock:  # on another node: borrow it, on the caller's loan, and wait for a copy
-            entry = client.objects.meet(dependency.object_id)
-            entry.count += 1
-            if not entry.owned:
-                client.objects.set_result(entry, result, [list(place) for place in dependency.places if place[0] != here])
-        try:
-            client.make_available([entry], None)
-            local = client.objects.local_handle(entry)
-            pin = client.files.read(local) if local is not None else None
-            if pin is None:
-                value = client.load(entry)
-                return value, []
-            return client.load_with_loans(pin)
-        finally:
-            with client.lock:
-                client.objects.release(entry)
 
     def execute(self, source: int, task: PushTask) -> None:
         """Run a task to its end in this thread, and reply."""

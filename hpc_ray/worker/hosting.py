@@ -15,11 +15,13 @@ from hpc_ray import serialize
 from hpc_ray.client import context
 from hpc_ray.client.client import Waiter
 from hpc_ray.client.context import LeaveProcess
+from hpc_ray.client.logging_config import use_logging
 from hpc_ray.client.objects import ARENA, Entry
 from hpc_ray.client.records import now_ns
 from hpc_ray.exceptions import AsyncioActorExit
 from hpc_ray.ids import GCS_ADDRESS
 from hpc_ray.protocol import ActorInitFailed, ActorReady, DeathCause, InstallActor, PushTask, Result
+from hpc_ray.worker.graphs import Graph
 from hpc_ray.worker.output import set_job, set_task_name
 from hpc_ray.worker.results import dump_error
 
@@ -65,6 +67,7 @@ class ActorHost:
         self.executor.actor = context.ActorContext(spec, message.attempt, client.address)
         context.set_actor(self.executor.actor)
         context.namespace = spec.namespace
+        use_logging(spec.logging)
         client.use_job(spec.job_id)
         set_job(spec.job_id)
         self.executor.use_shape(spec.shape)
@@ -126,6 +129,9 @@ class ActorHost:
     def run_threaded_actor(self) -> None:
         while self.executor.leaving is None:
             source, item = self.executor.next_item()
+            if type(item) is Graph:
+                self.pools[""].submit(self.run_graph_in_thread, item)
+                continue
             if type(item) is not PushTask:
                 self.executor.leaving = getattr(item, "reason", "") or "terminated"
                 break
@@ -136,6 +142,13 @@ class ActorHost:
 
     def execute_in_thread(self, source: int, task: PushTask) -> None:
         self.executor.execute(source, task)
+        self.look_whether_leaving()
+
+    def run_graph_in_thread(self, graph: Graph) -> None:
+        graph.run()
+        self.look_whether_leaving()
+
+    def look_whether_leaving(self) -> None:
         if self.executor.leaving is not None:
             arrival = self.executor.arrival
             if arrival is not None:
@@ -155,6 +168,11 @@ class ActorHost:
         def start() -> None:
             while self.executor.queue:
                 source, item = self.executor.queue.popleft()
+                if type(item) is Graph:
+                    job = loop.create_task(item.run_async())
+                    alive.add(job)
+                    job.add_done_callback(alive.discard)
+                    continue
                 if type(item) is not PushTask:
                     self.executor.leaving = getattr(item, "reason", "") or "terminated"
                     stopped.set()

@@ -457,3 +457,16 @@ except hpc_ray.exceptions.LaunchError as error:
 
 def test_errors_have_one_root():
     assert issubclass(exceptions.ConfigurationError, exceptions.RayError)
+
+
+def test_an_actor_class_is_no_base(ray):
+    from hpc_ray.actor import ActorClassInheritanceException
+
+    @ray.remote
+    class Base:
+        pass
+
+    with pytest.raises(ActorClassInheritanceException, match="'Derived' of actor class 'Base'"):
+
+        class Derived(Base):
+            pass

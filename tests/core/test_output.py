@@ -207,3 +207,59 @@ ray.get(fail.remote())
         status=1,
     )
     assert "uncaught, of a task" in err and "fail" in err and "RayTaskError(ValueError)" in err
+
+
+def test_records_of_the_program_s_loggers(run):
+    """``logging_config``: the same form in the driver, tasks (also nested ones) and actors, with who wrote it."""
+    _, err = run("""
+import json, logging
+ray.init(num_cpus=2, logging_config=ray.LoggingConfig(encoding="JSON", additional_log_standard_attrs=["name"]))
+
+@ray.remote
+def inner():
+    logging.getLogger("inner").info("of a nested task")
+
+@ray.remote
+def outer():
+    logging.getLogger("outer").info("of a task", extra={"step": 7})
+    logging.getLogger("outer").debug("not shown")
+    ray.get(inner.remote())
+    return ray.get_runtime_context().get_task_id()
+
+@ray.remote
+class Actor:
+    def speak(self):
+        logging.getLogger("actor").warning("of an actor")
+        return ray.get_runtime_context().get_actor_id()
+
+logging.getLogger("driver").info("of the driver")
+actor = Actor.options(name="speaker").remote()
+ids = ray.get([outer.remote(), actor.speak.remote()])
+await_output("of a task", "of a nested task", "of an actor")
+records = {}
+for line in sys.stderr.seen.splitlines():
+    if "{" in line:
+        record = json.loads(line[line.index("{"):])
+        records[record["message"]] = record
+assert records["of a task"]["step"] == 7 and records["of a task"]["task_id"] == ids[0]
+assert records["of a task"]["task_name"] == "outer" and records["of a task"]["levelname"] == "INFO"
+assert records["of an actor"]["actor_id"] == ids[1] and records["of an actor"]["actor_name"] == "speaker"
+assert records["of a nested task"]["name"] == "inner"
+assert "task_id" not in records["of the driver"]
+assert "not shown" not in records
+ray.shutdown()
+assert not logging.getLogger().handlers
+""")
+    assert "of the driver" in err
+
+
+def test_records_as_text(run):
+    _, err = run("""
+import logging
+ray.init(num_cpus=1, logging_config={"log_level": "WARNING"})
+logging.getLogger().info("not shown")
+logging.getLogger("a").warning("shown")
+""")
+    assert "not shown" not in err
+    line = next(line for line in err.splitlines() if "shown" in line)
+    assert "WARNING script.py:" in line and "-- shown" in line and " job_id=00000001 " in line

@@ -259,3 +259,27 @@ def test_the_death_of_a_node_is_told():
     hpc_ray.shutdown()
     start()
     assert pid()
+
+
+def test_the_older_way_to_connect():
+    builder = hpc_ray.client("local").namespace("older")
+    assert isinstance(builder, hpc_ray.ClientBuilder)
+    with builder.connect():
+        assert hpc_ray.get_runtime_context().namespace == "older"
+    assert not hpc_ray.is_initialized()
+    with pytest.raises(ConnectionError):
+        hpc_ray.client("no_such_session").connect()
+
+
+@pytest.mark.parametrize(
+    ("config", "error"),
+    [({"encoding": "XML"}, "XML"), ({"log_level": "LOUD"}, "LOUD"), ({"additional_log_standard_attrs": ["colour"]}, "colour")],
+)
+def test_a_logging_config_that_cannot_be(config, error):
+    with pytest.raises(ValueError, match=error):
+        hpc_ray.LoggingConfig(**config)
+    with pytest.raises(ValueError, match=error):
+        start(logging_config=config)
+    with pytest.raises(TypeError, match="LoggingConfig"):
+        start(logging_config="JSON")
+    assert not hpc_ray.is_initialized()

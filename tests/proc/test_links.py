@@ -128,6 +128,55 @@ print('all right', flush=True)
     assert "all right" in out and process.returncode == 0, err
 
 
+def test_collectives_over_three_nodes():
+    text = """
+from hpc_ray.util import collective
+def call(self, rank, n):
+    if not collective.is_group_initialized('g'):
+        collective.init_collective_group(3, rank, 'mpi', 'g')
+    array = np.arange(n, dtype=np.float64) * (rank + 1)
+    collective.allreduce(array, 'g')
+    return bool((array == np.arange(n) * 6).all())
+for n in (1, 1000, 1_000_000, 10):
+    assert all(ray.get([h.__ray_call__.remote(call, rank, n) for rank, h in enumerate(holders)], timeout=60))
+waiting = [h.__ray_call__.remote(call, rank, 5) for rank, h in enumerate(holders[:2])]
+ray.kill(holders[2])
+try:
+    ray.get(waiting, timeout=20)
+except ray.exceptions.ActorDiedError as error:
+    assert 'rank 2' in str(error) and holders[2]._actor_id.hex() in str(error)
+    print('all right', flush=True)
+"""
+    with driver(text) as process:
+        out, err = process.communicate(timeout=90)
+    assert "all right" in out and process.returncode == 0, err
+
+
+def test_a_compiled_graph_over_three_nodes():
+    """Small values go as messages, large ones are fetched from the node where they lie; the end of a node ends the graph."""
+    text = """
+from hpc_ray.dag import InputNode, MultiOutputNode
+a, b, c = holders
+with InputNode() as n:
+    made = a.make.bind(n)
+    graph = MultiOutputNode([b.total.bind(made), c.total.bind(made), made]).experimental_compile(_max_inflight_executions=3)
+for n in [10, 1_000_000, 20, 2_000_000, 1_000_001] * 2:
+    one, two, array = ray.get(graph.execute(n), timeout=60)
+    assert one == two == n * (n - 1) // 2 == array.sum() and len(array) == n
+ray.kill(c)
+try:
+    for n in range(3):
+        ray.get(graph.execute(n), timeout=60)
+except ray.exceptions.ActorDiedError as error:
+    assert c._actor_id.hex() in str(error)
+    print('all right', flush=True)
+graph.teardown()
+"""
+    with driver(text) as process:
+        out, err = process.communicate(timeout=90)
+    assert "all right" in out and process.returncode == 0, err
+
+
 def test_links_sleep_when_nothing_happens():
     with driver("print('up', flush=True); sys.stdin.read(); time.sleep(1000)") as process:
         assert process.stdout.readline()

@@ -37,7 +37,8 @@ GROUPS = {
     "facade": Group(6, "."),
     "public": Group(
         5,
-        "actor api cloudpickle cluster_utils commands dashboard experimental job_config observation options packing placement"
+        "actor api client_builder cloudpickle cluster_utils commands cross_language dag dashboard experimental job_config"
+        " observation options packing placement"
         " remote_function runtime_context runtime_env session types util",
     ),
     "worker": Group(4, "worker"),

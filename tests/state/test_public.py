@@ -14,14 +14,15 @@ if not hasattr(hpc_ray, "init"):
 
 PUBLIC = {
     # functions
-    "available_resources", "cancel", "cluster_resources", "get", "get_actor", "get_gpu_ids", "get_runtime_context", "init",
-    "install_as_ray",
-    "is_initialized", "kill", "method", "nodes", "put", "remote", "shutdown", "timeline", "wait",
+    "available_resources", "cancel", "client", "cluster_resources", "cpp_function", "get", "get_actor", "get_gpu_ids",
+    "get_runtime_context", "init", "install_as_ray", "is_initialized", "java_actor_class", "java_function", "kill", "method",
+    "nodes", "put", "remote", "shutdown", "timeline", "wait",
     # classes
-    "ActorID", "DynamicObjectRefGenerator", "JobID", "NodeID", "ObjectID", "ObjectRef", "ObjectRefGenerator",
-    "PlacementGroupID", "TaskID", "UniqueID", "WorkerID",
-    # modules and the version
-    "exceptions", "util", "__version__",
+    "ActorClassID", "ActorID", "ClientBuilder", "DynamicObjectRefGenerator", "FunctionID", "JobID", "Language",
+    "LoggingConfig", "NodeID", "ObjectID", "ObjectRef", "ObjectRefGenerator", "PlacementGroupID", "TaskID", "UniqueID",
+    "WorkerID",
+    # modules and constants
+    "actor", "exceptions", "util", "SCRIPT_MODE", "WORKER_MODE", "__version__",
 }  # fmt: skip
 # Packages that `import hpc_ray` leaves alone: heavy, optional, or with threads and state of their own.
 NOT_IMPORTED = {
@@ -41,7 +42,7 @@ def test_the_public_names():
 @pytest.mark.parametrize("name", sorted(PUBLIC))
 def test_each_exists_and_has_a_docstring(name):
     value = getattr(hpc_ray, name)
-    if name != "__version__":
+    if not isinstance(value, (int, str)):
         assert value.__doc__ and value.__doc__.strip()
 
 
@@ -73,3 +74,25 @@ def test_the_package_is_marked_as_typed():
     from importlib.resources import files
 
     assert (files("hpc_ray") / "py.typed").is_file()
+
+
+def test_names_that_are_left_out_say_why():
+    for name in ("data", "autoscaler", "workflow", "widgets", "internal", "_config"):
+        with pytest.raises(AttributeError, match=f"'{name}': .{{20}}"):
+            getattr(hpc_ray, name)
+    with pytest.raises(AttributeError, match=r"'nonsense'$"):
+        hpc_ray.nonsense  # noqa: B018
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda: hpc_ray.java_function("a.B", "c"),
+        lambda: hpc_ray.java_actor_class("a.B"),
+        lambda: hpc_ray.cpp_function("f"),
+    ],
+)
+def test_other_languages_are_refused(call):
+    with pytest.raises(RuntimeError, match=r"from a Python task|in a Python actor"):
+        call()
+    assert str(hpc_ray.Language.PYTHON) == "PYTHON" and hpc_ray.Language.CPP.value() == 2

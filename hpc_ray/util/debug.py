@@ -39,3 +39,12 @@ def enable_periodic_logging() -> None:
     """``log_once`` says yes once a minute from now on, in this process."""
     global _disabled, _periodic
     _disabled, _periodic = False, True
+
+
+def reset_log_once(key: str | None = None) -> None:
+    """``log_once`` says yes again, for ``key`` or for all."""
+    with _lock:
+        if key is None:
+            _said.clear()
+        else:
+            _said.discard(key)
