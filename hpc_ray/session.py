@@ -120,7 +120,7 @@ def init(
         logging_config: a LoggingConfig (or its fields as a dict): the root loggers of this process and of all tasks and actors.
         log_to_driver: show what workers print (default: yes).
         include_dashboard: serve a page on the session, its lists as JSON and its metrics from this process; the context's
-            ``dashboard_url`` says where. Default: if a host or port is given. Needs the extra ``dashboard``; without that there
+            ``dashboard_url`` says where. Default: if a port or another host is given. Needs the extra ``dashboard``; without that there
             is a warning and no page.
         dashboard_host, dashboard_port: where; default: 127.0.0.1 and the first free port from 8265 on.
         namespace: of named actors; default: that of job_config, or one of its own.
@@ -206,7 +206,7 @@ def init(
         use_logging(logs)
         _attachment = attachment
         atexit.register(shutdown)
-        if include_dashboard or (include_dashboard is None and (dashboard_host is not None or dashboard_port is not None)):
+        if include_dashboard or (include_dashboard is None and (dashboard_host != "127.0.0.1" or dashboard_port is not None)):
             serve_dashboard(dashboard_host, dashboard_port)
         return Context(_address_info(client))
 

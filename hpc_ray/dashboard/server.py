@@ -99,9 +99,7 @@ class Dashboard:
 
     def __init__(self, host: str | None = None, port: int | None = None):
         self._socket = _listen(host or "127.0.0.1", port)
-        config = uvicorn.Config(
-            application(), log_config=None, log_level="error", access_log=False, lifespan="off", ws="none"
-        )
+        config = uvicorn.Config(application(), log_config=None, log_level="error", access_log=False, lifespan="off", ws="none")
         self._server = uvicorn.Server(config)
         self._thread = threading.Thread(target=self._server.run, args=([self._socket],), name="hpc_ray-dashboard", daemon=True)
         self._thread.start()
