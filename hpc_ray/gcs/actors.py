@@ -213,6 +213,8 @@ class Actors(Part):
             self.bury_actor(actor, event.cause)
 
     def _set_address(self, actor: Actor, address: int) -> None:
+        if actor.record.address != address:
+            self.actor_at.pop(actor.record.address, None)
         actor.record.address = address
         self.actor_at[address] = actor.spec.actor_id
 

@@ -100,8 +100,10 @@ REASONS: dict[str, str] = {
     "experimental.internal_kv:internal_kv_get_gcs_client": "a client of Ray's own protocol",
     "experimental.tqdm_ray:instance": "bars need no manager here",
     # settings of jobs and environments
-    "job_config:*": "what init() is given, and no protocol buffers",
-    "runtime_env:*": "accessors for Ray's agents, and no protocol buffers",
+    "job_config:JobConfig.__init__": "no switch for lineage",
+    "job_config:JobConfig.*_logging_config": "logging is given to init()",
+    "runtime_env:RuntimeEnv.get_extension": "plug-ins of Ray's agents",
+    "runtime_env:RuntimeEnvConfig.*": "no protocol buffers",
     # util
     "util.accelerators:tpu": "no TPUs",
     "util.debug:Suspect": "a detector of leaks in Ray's own tests",
@@ -109,7 +111,8 @@ REASONS: dict[str, str] = {
     "util.placement_group:validate_placement_group": "a step of placement_group()",
     "util.scheduling_strategies:*Exist*.__init__": "says what is wrong with Exists(value)",
     "util.serialization:StandaloneSerializationContext": "a step of Ray's own serialisation",
-    "util.state:*": "not there yet",
+    "util.state:StateApiClient.*": "takes what the list functions take, instead of objects of Ray's",
+    "util.state:list_cluster_events": "nothing records events of the autoscaler",
 }
 
 
