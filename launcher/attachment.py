@@ -187,13 +187,13 @@ def connect(
         raise LaunchError(f"node {node} of session {session_name!r} ended while we attached")
     try:
         config = decode_config(note["config"])
-    except msgspec.ValidationError as error:
+        segment = _core.Segment.attach(descriptors[0])
+    except (msgspec.ValidationError, ValueError) as error:
         connection.close()
-        for descriptor in descriptors:
-            os.close(descriptor)
         raise LaunchError(f"session {session_name!r} was made by another version of hpc_ray ({error})") from None
-    segment = _core.Segment.attach(descriptors[0])
-    os.close(descriptors[0])  # the segment keeps a duplicate
+    finally:
+        for descriptor in descriptors:
+            os.close(descriptor)  # the segment keeps a duplicate
     attachment = Attachment(
         connection,
         segment,

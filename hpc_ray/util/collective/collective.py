@@ -120,14 +120,22 @@ def destroy_collective_group(group_name: str = "default") -> None:
 
 
 def get_rank(group_name: str = "default") -> int:
-    """The rank of this process; -1 if it is not in the group."""
-    group = _find(group_name)
+    """The rank of this process; -1 in a task or actor that is not in the group.
+
+    Raises:
+        RuntimeError: the driver is not in the group.
+    """
+    group = _find_here(group_name)
     return -1 if group is None else group.rank
 
 
 def get_collective_group_size(group_name: str = "default") -> int:
-    """The number of members; -1 if this process is not one."""
-    group = _find(group_name)
+    """The number of members; -1 in a task or actor that is not one.
+
+    Raises:
+        RuntimeError: the driver is not in the group.
+    """
+    group = _find_here(group_name)
     return -1 if group is None else group.world_size
 
 
@@ -140,6 +148,13 @@ def get_group_handle(group_name: str = "default") -> CollectiveGroup:
     group = _find(group_name)
     if group is None:
         raise RuntimeError(f"The collective group {group_name!r} is not initialized in the process.")
+    return group
+
+
+def _find_here(name: str) -> CollectiveGroup | None:
+    group = _find(name)
+    if group is None and not context.is_worker:
+        raise RuntimeError(f"the driver is not in the collective group {name!r}; ask in its tasks or actors, or join it")
     return group
 
 
