@@ -89,6 +89,9 @@ class Segment:
             RuntimeError: the lane is taken, or dead and not reclaimed yet, or none is left.
         """
 
+    def limit_objects(self, size: int) -> None:
+        """Objects may fill so much of the arena from now on, at most what it was made with; those that are there stay."""
+
     def mark_dead(self, address: int) -> bool:
         """From now on sends to this lane answer -1. False when it was not open. Any process may call."""
 

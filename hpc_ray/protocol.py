@@ -759,6 +759,7 @@ class SetResources(Message, tag=96):
     resources: Resources
     labels: dict[str, str]
     without: list[str] = []
+    object_store_memory: int = 0  # bytes that objects may fill, of those that the node was launched with; 0: all
 
 
 class ResourcesSet(Message, tag=97):

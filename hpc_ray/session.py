@@ -114,7 +114,8 @@ def init(
             this program; "auto" joins a running one of this user; otherwise the name of a session.
         num_cpus, num_gpus, resources, labels, object_store_memory (bytes): of the node; what is not given is discovered. In a
             launched world they are of this process's node, and the other nodes have none of the resources that are given
-            here: leave them out, or give them to the launcher, to use all nodes. The store's size is the launcher's to say.
+            here: leave them out, or give them to the launcher, to use all nodes. The store's size is
+            each node's, and at most what the launcher gave it.
         ignore_reinit_error: a second ``init`` keeps the session instead of raising.
         configure_logging, logging_level, logging_format: of the logger "hpc_ray" in this process.
         logging_config: a LoggingConfig (or its fields as a dict): the root loggers of this process and of all tasks and actors.
@@ -199,8 +200,11 @@ def init(
         try:
             client = _connect(attachment, namespace, job, settings.log_to_driver if log_to_driver is None else log_to_driver)
             if world.in_world() and num_nodes is None:
-                _set_resources(client, num_cpus, num_gpus, resources, labels)
+                _set_resources(client, num_cpus, num_gpus, resources, labels, object_store_memory)
         except BaseException:
+            if context.client is not None:
+                context.client.close()
+                context.set_client(None)
             attachment.close()
             raise
         use_logging(logs)
@@ -312,11 +316,17 @@ def _set_resources(
     num_gpus: float | None,
     resources: dict[str, float] | None,
     labels: dict[str, str] | None,
+    object_store_memory: int | None,
 ) -> None:
     """In a launched world: this node has what ``init`` was given, and what it was given is nowhere else."""
+    if object_store_memory is not None and object_store_memory > client.config.arena_bytes:
+        raise ValueError(
+            f"object_store_memory is {object_store_memory} bytes, but the nodes of this world were launched with "
+            f"{client.config.arena_bytes}; give it to the launcher: hpc-ray run --object-store-memory {object_store_memory}"
+        )
     amounts = {**(resources or {}), "CPU": num_cpus, "GPU": num_gpus}
     units = {name: round(amount * UNIT) for name, amount in amounts.items() if amount is not None}
-    client.query(GCS_ADDRESS, "set_resources", resources=units, labels=labels or {})
+    client.query(GCS_ADDRESS, "set_resources", resources=units, labels=labels or {}, object_store_memory=object_store_memory or 0)
 
 
 def _attach(address: str) -> Any:

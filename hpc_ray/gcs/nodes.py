@@ -204,15 +204,16 @@ class Nodes(Part):
         self._awaited[self.asker] = count
         return DEFERRED
 
-    def query_set_resources(self, resources: Resources, labels: dict[str, str]) -> Deferred:
+    def query_set_resources(self, resources: Resources, labels: dict[str, str], object_store_memory: int = 0) -> Deferred:
         """What a driver's ``init`` was given in a world that it has not started: the asker's node has these, no other node has
-        any of these resources, and all else is as it was configured. Answered when all nodes say so."""
+        any of these resources, each node's store has this many bytes, and all else is as it was configured. Answered when all
+        nodes say so."""
         asker = self.asker[0]
         for index, view in self.views.items():
             if view.alive:
                 mine = index == node_of(asker)
-                message = SetResources(resources, labels) if mine else SetResources({}, {}, list(resources))
-                self.send(raylet_address(index), message)
+                given = (resources, labels, []) if mine else ({}, {}, list(resources))
+                self.send(raylet_address(index), SetResources(*given, object_store_memory))
                 self._setting.setdefault(self.asker, set()).add(index)
         return DEFERRED
 

@@ -304,12 +304,13 @@ NB_MODULE(_core, m) {
         .def_static("attach", &Segment::attach, nb::arg("fd"))
         .def_prop_ro("fd", &Segment::fd)
         .def_prop_ro("node", &Segment::node)
-        .def_prop_ro("arena_bytes", [](Segment& s) { return s.header().object_bytes; })
+        .def_prop_ro("arena_bytes", [](Segment& s) { return s.header().object_bytes.load(); })
         .def_prop_ro("max_lanes", [](Segment& s) { return s.header().max_lanes; })
         .def_prop_ro("ring_bytes", [](Segment& s) { return s.header().ring_bytes; })
         .def(
             "open_lane", [](std::shared_ptr<Segment> s, int index) { return Lane::open(std::move(s), index); },
             nb::arg("index") = -1)
+        .def("limit_objects", &Segment::limit_objects, nb::arg("size"))
         .def("mark_dead", &Segment::mark_dead, nb::arg("address"))
         .def(
             "reclaim",

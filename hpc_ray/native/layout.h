@@ -151,7 +151,7 @@ struct Header {
     u64 slots_at;
     u64 heap_at;
     u64 heap_bytes;
-    u64 object_bytes;  // how much of the heap objects may fill; the rest is for frames (STORE-6)
+    atomic<u64> object_bytes;  // how much of the heap objects may fill; the rest is for frames (STORE-6)
 
     alignas(64) pthread_mutex_t mutex;
 

@@ -123,7 +123,7 @@ std::shared_ptr<Segment> Segment::create(const SegmentOptions& options) {
     h.slots_at = p.slots_at;
     h.heap_at = p.heap_at;
     h.heap_bytes = heap_bytes;
-    h.object_bytes = object_bytes;
+    h.object_bytes.store(object_bytes);
 
     pthread_mutexattr_t attributes;
     pthread_mutexattr_init(&attributes);
@@ -196,6 +196,11 @@ void Segment::repair() {  // SEGMENT-3
     heap_repair(*this);
 }
 
+void Segment::limit_objects(u64 bytes) {
+    const u64 most = header().heap_bytes - kFrameBytes;
+    header().object_bytes.store(bytes < most ? round_up(bytes, kPage) : most);
+}
+
 bool Segment::mark_dead(u64 address) {
     u32 index = address_index(address);
     if (address_node(address) != node() || index >= max_lanes_)
@@ -229,7 +234,7 @@ SegmentStatistics Segment::statistics() {
     s.total_bytes = h.total_bytes;
     struct stat status;
     if (fstat(fd_, &status) == 0) s.resident_bytes = u64(status.st_blocks) * 512;
-    s.heap_bytes = h.object_bytes;
+    s.heap_bytes = h.object_bytes.load();
     s.heap_used_bytes = h.heap_used.load();
     s.repairs = h.repairs.load();
     for (const LaneRecord& record : lanes()) (record.state == kLaneOpen ? s.lanes_open : s.lanes_dead)++;

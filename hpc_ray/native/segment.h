@@ -52,6 +52,8 @@ class Segment {
     u32 node() const { return header().node; }
 
     // OPEN -> DEAD in one store; from then on sends to it answer -1. False when it was not open. Any process.
+    // Objects may fill so much of the heap from now on, at most what it was made with; those that are there stay.
+    void limit_objects(u64 bytes);
     bool mark_dead(u64 address);
     // True while the lane is open in that very incarnation; incarnation 0 asks for "anybody".
     bool alive(u64 address) const;

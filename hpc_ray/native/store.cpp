@@ -50,7 +50,7 @@ ObjectRecord record_of(const Slot& slot, u32 index, u64 word) {
 
 // The largest block that an object may have; the caller holds Segment::Lock.
 static u64 largest_for_objects(Segment& s) {
-    const u64 used = s.header().heap_used.load(), limit = s.header().object_bytes;
+    const u64 used = s.header().heap_used.load(), limit = s.header().object_bytes.load();
     if (used + sizeof(Block) >= limit) return 0;
     return std::min(heap_largest_free(s), limit - used - sizeof(Block));
 }
@@ -119,7 +119,7 @@ u64 Store::create_on_disk(const char* id, u64 size, u64 owner) {
 u64 Store::create_slot(const char* id, u64 size, u64 owner, u32 kind, bool in_arena) {
     Segment& s = *segment_;
     Header& h = s.header();
-    const u64 capacity = kind == kKindObject ? h.object_bytes : h.heap_bytes;
+    const u64 capacity = kind == kKindObject ? h.object_bytes.load() : h.heap_bytes;
     u64 largest, free;
     {
         Segment::Lock lock(s);
@@ -320,7 +320,8 @@ std::vector<Victim> Store::victims() {
 void Store::room(u64& free, u64& largest) {
     Segment::Lock lock(*segment_);
     const Header& h = segment_->header();
-    free = h.object_bytes - std::min(h.object_bytes, h.heap_used.load());
+    const u64 most = h.object_bytes.load();
+    free = most - std::min(most, h.heap_used.load());
     largest = largest_for_objects(*segment_);
 }
 
@@ -381,7 +382,7 @@ StoreStatistics Store::statistics() {
         s.pinned += slot_pinned(slot);
     }
     Segment::Lock lock(*segment_);
-    s.capacity_bytes = segment_->header().object_bytes;
+    s.capacity_bytes = segment_->header().object_bytes.load();
     s.used_bytes = segment_->header().heap_used.load();
     s.largest_free_bytes = largest_for_objects(*segment_);
     return s;

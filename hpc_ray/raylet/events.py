@@ -39,6 +39,12 @@ class DeleteObject(Action, frozen=True, gc=False):
     handle: int
 
 
+class LimitStore(Action, frozen=True, gc=False):
+    """Objects may fill so many bytes of the arena from now on."""
+
+    size: int
+
+
 class DeleteOwned(Action, frozen=True, gc=False):
     """Remove the copies of objects whose owner, of another node, is gone; lane 0xFFFF: all of that node."""
 

@@ -37,7 +37,7 @@ from hpc_ray.protocol import (
 )
 from hpc_ray.raylet.bundles import Bundles
 from hpc_ray.raylet.copies import Copies
-from hpc_ray.raylet.events import AnswerFromLogs, DeleteOwned
+from hpc_ray.raylet.events import AnswerFromLogs, DeleteOwned, LimitStore
 from hpc_ray.raylet.resources import ResourcePool
 from hpc_ray.raylet.room import Room
 from hpc_ray.raylet.workers import Workers, WorkerState
@@ -136,6 +136,9 @@ class RayletState(Workers, Bundles, Copies, Room):
         """A driver that is alone in a launched world says what its ``init`` was given."""
         configured = {name: round(amount * UNIT) for name, amount in self.config.resources.items()}
         kept = {name: amount for name, amount in configured.items() if name not in event.without}
+        self.arena_bytes = min(event.object_store_memory or self.config.arena_bytes, self.config.arena_bytes)
+        self.act(LimitStore(self.arena_bytes))
+        kept["object_store_memory"] = self.arena_bytes * UNIT
         self.pool.change_total({**kept, **event.resources})
         self.labels = {**self.config.labels, **event.labels}
         self.views[self.node] = self._own_view()

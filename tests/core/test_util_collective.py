@@ -183,7 +183,9 @@ def test_misuse(ray, group):
     (actor,) = group(1)
     with pytest.raises(RuntimeError, match="second time"):
         ray.get(actor.join.remote(1))
-    assert collective.get_rank() == -1 and collective.get_collective_group_size() == -1
+    for ask in (collective.get_rank, collective.get_collective_group_size):
+        with pytest.raises(RuntimeError, match="the driver is not in the collective group"):
+            ask()
     with pytest.raises(RuntimeError, match="not initialized"):
         collective.allreduce(np.zeros(1))
     with pytest.raises(RuntimeError, match=r"NCCL is not available: .*gloo"):

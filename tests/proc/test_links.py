@@ -324,11 +324,21 @@ for given in ({"num_cpus": 4, "resources": {"slot": 2}, "labels": {"zone": "a"}}
     print([(n["Resources"].get("CPU"), n["Resources"].get("slot"), n["Labels"].get("zone")) for n in ray.nodes()])
     assert ray.get(ray.remote(num_cpus=3)(lambda: 1).remote(), timeout=30) == 1
     ray.shutdown()
+ray.init(object_store_memory=64 << 20)
+kept = [ray.put(bytes(20 << 20)) for _ in range(8)]  # more than that; it spills
+print(ray.cluster_resources()["object_store_memory"] / 2**20, [len(ray.get(ref)) >> 20 for ref in kept])
+ray.shutdown()
+try:
+    ray.init(object_store_memory=1 << 40)
+except ValueError as error:
+    print("hpc-ray run --object-store-memory" in str(error), ray.is_initialized())
 """)
     done = finished([*HPC_RAY, "run", "-q", "-n", "2", "--nodes", "2", "--num-cpus", "3", str(path)])
     assert done.stdout.splitlines() == [
         "[(4.0, 2.0, 'a'), (None, None, None)]",
         "[(3.0, None, None), (3.0, None, None)]",
+        f"128.0 {[20] * 8}",
+        "True False",
     ], done
 
 

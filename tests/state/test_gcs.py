@@ -157,9 +157,9 @@ def test_old_reports_are_ignored():
 def test_a_driver_sets_resources():
     """Answered when every node has said that it has them, or has died."""
     gcs = Gcs([4, 4, 4])
-    assert gcs.ask("set_resources", resources={"CPU": UNIT}, labels={"zone": "a"}) is None
-    assert gcs.take(p.SetResources, raylet_address(0)) == [p.SetResources({"CPU": UNIT}, {"zone": "a"})]
-    assert gcs.take(p.SetResources, raylet_address(1)) == [p.SetResources({}, {}, ["CPU"])]
+    assert gcs.ask("set_resources", resources={"CPU": UNIT}, labels={"zone": "a"}, object_store_memory=5) is None
+    assert gcs.take(p.SetResources, raylet_address(0)) == [p.SetResources({"CPU": UNIT}, {"zone": "a"}, [], 5)]
+    assert gcs.take(p.SetResources, raylet_address(1)) == [p.SetResources({}, {}, ["CPU"], 5)]
     gcs.tell(p.ReportResources(0, 1, {"CPU": UNIT}, {"CPU": UNIT}), raylet_address(0))
     gcs.tell(p.ResourcesSet(0, {"zone": "a"}), raylet_address(0))
     gcs.tell(p.ReportResources(1, 1, {}, {}), raylet_address(1))
