@@ -5,13 +5,15 @@
 #   make stress       tests that load and break sessions for minutes
 #   make lint         ruff, mypy, and the test of the layers
 #   make conformance  programs whose results under Ray are known
+#   make bench        hpc_ray beside Ray and other engines: a table, JSON and a picture in bench/results
+#   make bench-engines  the environments for that, one for each engine
 #   make clean        removes what these have made
 
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: demo test test-core test-mpi test-mpich test-python stress lint links conformance clean help
+.PHONY: demo test test-core test-mpi test-mpich test-python stress lint links conformance bench bench-engines clean help
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -24,6 +26,8 @@ LIMIT ?= 900
 PYTEST_ARGS ?=
 # More arguments for the runner of the conformance suite: make conformance CONFORMANCE_ARGS='--only tasks -v'
 CONFORMANCE_ARGS ?=
+# More arguments for the benchmark.
+BENCH_ARGS ?=
 
 BIN = $(VENV)/bin
 MPICH_VENV = $(VENV)-mpich
@@ -172,6 +176,18 @@ lint: $(VENV)/.requirements links
 	$(BIN)/ruff check .
 	MYPYPATH=build/links $(TIMED) $(BIN)/mypy -p hpc_ray
 	$(TIMED) $(BIN)/pytest -q tests/state/test_layers.py
+
+# ---------------------------------------------------------------- benchmarks
+
+# Installs what is in this tree anew; an engine that cannot be installed is left out later.
+bench-engines:
+	@$(check_machine)
+	-$(PYTHON) -m bench.engines
+
+# More arguments: make bench BENCH_ARGS='--against ray --rows actor'. See bench/README.md.
+bench:
+	@test -x build/bench/hpc_ray/bin/python || $(MAKE) --no-print-directory bench-engines
+	build/bench/hpc_ray/bin/python -m bench.core $(BENCH_ARGS)
 
 # ---------------------------------------------------------------- the rest
 
