@@ -175,7 +175,7 @@ def get_refs(ray):
     return step
 
 
-@row("wait for 1k refs one by one")
+@row("wait for 1k refs one by one", "batches/s")
 def wait_refs(ray):
     f = task(ray)
 

@@ -1,0 +1,51 @@
+"""The benchmark runs as a user would start it, with what is installed for these tests as the engine."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+
+
+def bench(tmp_path, *arguments):
+    if importlib.util.find_spec("rich") is None:
+        pytest.skip("rich is not installed")
+    # The runner imports no engine, so it may stand beside the bare sources.
+    return subprocess.run(
+        [sys.executable, "-m", "bench.core", "--out", str(tmp_path / "found"), "--python", f"hpc_ray={sys.executable}", *arguments],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=100,
+        check=False,
+    )
+
+
+@pytest.mark.usefixtures("no_leaks")
+def test_two_rows_of_hpc_ray_alone(tmp_path):
+    rows = "^tasks, one at a time|^latency of a task"
+    found = bench(tmp_path, "--against", "--rows", rows, "--rounds", "2", "--seconds", "0.1", "--no-nodes")
+    assert found.returncode == 0, found.stdout + found.stderr
+    report = json.loads((tmp_path / "found.json").read_text())
+    assert report["engines"] == ["hpc_ray"]
+    assert set(report["rows"]) == {"tasks, one at a time", *(f"latency of a task, p{share}" for share in (50, 99, 99.9))}
+    assert all(row["median"]["hpc_ray"] > 0 for row in report["rows"].values())
+    assert "tasks, one at a time" in (tmp_path / "found.txt").read_text()
+
+
+def test_an_interpreter_that_is_not_there_is_named(tmp_path):
+    found = bench(tmp_path, "--against", "--rows", "^get small", "--rounds", "1", "--python", "hpc_ray=/nowhere/python")
+    assert found.returncode != 0
+    assert "there is no such engine or file" in found.stderr
+
+
+def test_no_row_of_this_name(tmp_path):
+    found = bench(tmp_path, "--against", "--rows", "no such row", "--rounds", "1", "--no-nodes")
+    assert found.returncode == 1
+    assert "nothing was measured" in found.stdout
