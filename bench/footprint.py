@@ -2,7 +2,7 @@
 
 Processes, threads, listening ports, memory (PSS: shared pages are divided among those that map them), the processor time of
 an idle cluster, how long ``import`` and ``init()`` take, and 100 actors created, called and killed. hpc_ray beside Ray, one
-after the other, as two idle clusters would share pages of no one and time with each other.
+after the other.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from bench.child import Child, Gone
 from bench.core import RESULTS, machine, named_pythons, short
 
 CROWD = "100 actors created, called, killed"
-TIMES = 5  # fresh processes whose start is measured
+TIMES = 3  # fresh processes whose start is measured
 
 
 def pss_mib(pid: int) -> float:

@@ -421,7 +421,8 @@ def many_returns(ray):
 def generator(ray):
     @ray.remote(num_returns="streaming", **elsewhere(ray))
     def items():
-        yield from range(1000)
+        for i in range(1000):  # noqa: UP028 (Ray's cannot do yield from)
+            yield i
 
     def step():
         return sum(1 for ref in items.remote() if ray.get(ref) is not None)
@@ -510,18 +511,18 @@ class Robot:
 
 
 class Policy:
-    """A network of which only the first four inputs matter; its work is real: two layers of 512."""
+    """A network of two layers; it does its work, but what it says hardly matters beside what a simple rule says."""
 
-    def __init__(self):
+    def __init__(self, width=512):
         rng = np.random.default_rng(0)
-        self.layers = [rng.normal(0, 0.01, (512, 512)).astype(np.float32) for _ in range(2)]
+        self.layers = [rng.normal(0, 0.01, (width, width)).astype(np.float32) for _ in range(2)]
 
     def small_value(self):
         return b"ok"
 
     def forces(self, states):
         """For each of several states the force that keeps the pole upright."""
-        hidden = np.zeros((len(states), 512), dtype=np.float32)
+        hidden = np.zeros((len(states), len(self.layers[0])), dtype=np.float32)
         hidden[:, :4] = states
         for layer in self.layers:
             hidden = np.tanh(hidden @ layer)
@@ -552,7 +553,7 @@ def robot_control(ray, seconds):
     return found
 
 
-ROLLOUTS, STEPS = 16, (10, 60)  # simulations at once; a rollout has between so many steps
+ROLLOUTS, STEPS, WIDTH = 16, (5, 35), 3072  # simulations at once; steps of a rollout, from and to; of the policy
 
 
 def lengths(count):
@@ -570,7 +571,7 @@ def rollouts_bsp(ray):
             robot.move(float(policy.forces(robot.state[None])[0]))
         return steps
 
-    policy = ray.put(Policy())
+    policy = ray.put(Policy(WIDTH))
 
     def step():
         return sum(sum(ray.get([rollout.remote(policy, i, steps) for i, steps in enumerate(lengths(ROLLOUTS))])) for _ in range(2))
@@ -583,40 +584,42 @@ def rollouts_fine(ray):
     """Each step is a call; the policy is evaluated for all simulations that wait for it at once, and nobody waits for the
     longest rollout."""
 
-    class Simulation:
+    class Simulations:
+        def __init__(self):
+            self.robots = {}
+
         def reset(self, seed):
-            self.robot = Robot(seed)
-            return self.robot.state
+            self.robots[seed] = Robot(seed)
+            return self.robots[seed].state
 
-        def move(self, forces, index):
-            return self.robot.move(float(forces[index]))
+        def move(self, seed, force):
+            return self.robots[seed].move(force)
 
-    simulations = [ray.remote(num_cpus=0)(Simulation).remote() for _ in range(4)]
-    policy = Policy()
+    hosts = [ray.remote(num_cpus=0)(Simulations).remote() for _ in range(N)]
+    policy = Policy(WIDTH)
 
     def step():
         todo = list(enumerate(lengths(2 * ROLLOUTS)))
-        left, where, done = {}, {}, 0
-        for simulation in simulations:
-            seed, steps = todo.pop()
-            ref = simulation.reset.remote(seed)
-            left[ref], where[ref] = steps, simulation
-        while left:
-            ray.wait(list(left))
-            ready, _ = ray.wait(list(left), num_returns=len(left), timeout=0)
-            forces = policy.forces(np.stack(ray.get(ready)))
-            for index, ref in enumerate(ready):
-                steps, simulation = left.pop(ref), where.pop(ref)
-                done += 1
-                if steps > 1:
-                    ref = simulation.move.remote(forces, index)
-                elif todo:
-                    seed, steps = todo.pop()
-                    ref, steps = simulation.reset.remote(seed), steps + 1
+        total, moving = sum(steps for _, steps in todo), {}  # what a reference stands for: robot, steps that are left
+
+        def begin():
+            if todo:
+                seed, steps = todo.pop()
+                moving[hosts[seed % N].reset.remote(seed)] = seed, steps
+
+        for _ in range(ROLLOUTS):
+            begin()
+        while moving:
+            ray.wait(list(moving))
+            ready, _ = ray.wait(list(moving), num_returns=len(moving), timeout=0)
+            forces = policy.forces(np.stack(ray.get(ready))).tolist()
+            for ref, force in zip(ready, forces, strict=True):
+                seed, steps = moving.pop(ref)
+                if steps:
+                    moving[hosts[seed % N].move.remote(seed, force)] = seed, steps - 1
                 else:
-                    continue
-                left[ref], where[ref] = steps - 1, simulation
-        return done
+                    begin()
+        return total
 
     return step
 

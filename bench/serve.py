@@ -75,7 +75,7 @@ def answer(command, engine):
         return {"figures": measure(command["row"], engine, command["seconds"])}
     except Exception as error:
         traceback.print_exc()
-        return {"error": f"{type(error).__name__}: {error}".splitlines()[0][:200]}
+        return {"error": f"{type(error).__name__}: {error}".splitlines()[-1][:200]}
     finally:
         gc.collect()  # what the row held goes before the next one
 
