@@ -13,6 +13,8 @@ import threading
 from pathlib import Path
 from typing import Any
 
+import psutil
+
 from bench import engines
 
 
@@ -49,10 +51,18 @@ class Child:
         threading.Thread(target=self._read, daemon=True).start()
         self.told: dict[str, Any] = self._next(limit_s)
         self.rows: dict[str, dict[str, Any]] = self.told.pop("rows")
+        self._signal(signal.SIGSTOP)
 
     @property
     def pid(self) -> int:
         return self._process.pid
+
+    def _signal(self, number: signal.Signals) -> None:
+        """Stop or continue all processes of an engine whose processes poll when they have nothing to do."""
+        if engines.ENGINES[self.name].under_mpi:
+            for process in reversed([psutil.Process(self.pid), *psutil.Process(self.pid).children(recursive=True)]):
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    process.send_signal(number)
 
     def _read(self) -> None:
         assert self._process.stdout is not None
@@ -82,9 +92,11 @@ class Child:
             RuntimeError: the row failed in it.
         """
         assert self._process.stdin is not None
+        self._signal(signal.SIGCONT)
         self._process.stdin.write(json.dumps({"row": row, "seconds": seconds}) + "\n")
         self._process.stdin.flush()
         answer = self._next(limit_s)
+        self._signal(signal.SIGSTOP)
         if "error" in answer:
             raise RuntimeError(answer["error"])
         figures: dict[str, float] = answer["figures"]
@@ -92,6 +104,8 @@ class Child:
 
     def stop(self) -> None:
         """End the engine: politely, then with all of its process group."""
+        with contextlib.suppress(psutil.NoSuchProcess):
+            self._signal(signal.SIGCONT)
         for ask in (self._process.stdin.close, self._process.terminate):  # type: ignore[union-attr]
             with contextlib.suppress(OSError, subprocess.TimeoutExpired):
                 ask()

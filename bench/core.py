@@ -199,20 +199,18 @@ def picture(report: dict[str, Any], against: str, path: Path) -> None:
     shown.savefig(path, dpi=130)
 
 
-def write(report: dict[str, Any], out: Path, console: Console) -> None:
-    """JSON, table and picture, beside each other."""
+def write(report: dict[str, Any], out: Path) -> str:
+    """JSON, table and picture, beside each other; the title of the table."""
     where = report["machine"]
     title = f"{report['date']}, {where['cpu']}, {where['cores']} cores, {report['rounds']} rounds of {report['seconds']} s a row"
     out.parent.mkdir(parents=True, exist_ok=True)
     out.with_suffix(".json").write_text(json.dumps(report, indent=1) + "\n")
     with out.with_suffix(".txt").open("w") as file:
         Console(file=file, width=400).print(table(report, title))
-    console.print(table(report, title))
     others = [name for name in report["engines"] if name != "hpc_ray"]
     if "hpc_ray" in report["engines"] and others:
         picture(report, "ray" if "ray" in others else others[0], out.with_suffix(".png"))
-    written = [path.name for suffix in (".json", ".txt", ".png") if (path := out.with_suffix(suffix)).exists()]
-    console.print(f"written into {os.path.relpath(out.parent)}: {', '.join(written)}")
+    return title
 
 
 def named_pythons(pairs: list[str]) -> dict[str, str]:
@@ -248,21 +246,23 @@ def main(arguments: list[str] | None = None) -> int:
         if not given.no_nodes:
             both = [name for name in wanted if name in ("hpc_ray", "ray")]
             run.round(both, pattern, "--cpus", str(given.cpus), "--nodes", "2", suffix=ACROSS)
-    report = {
-        "date": date,
-        "machine": machine(),
-        "engines": [name for name in wanted if name in run.versions],
-        "versions": run.versions,
-        "rounds": given.rounds,
-        "seconds": given.seconds,
-        "cpus": given.cpus,
-        "failures": run.failures,
-        "rows": run.results(),
-    }
-    if not report["rows"]:
-        console.print("nothing was measured: no engine, or no row with this name")
-        return 1
-    write(report, given.out or RESULTS / f"core-{date}", console)
+        if not run.figures:
+            console.print("nothing was measured: no engine, or no row with this name")
+            return 1
+        # After each round, so that a run that is interrupted has not been for nothing.
+        report = {
+            "date": date,
+            "machine": machine(),
+            "engines": [name for name in wanted if name in run.versions],
+            "versions": run.versions,
+            "rounds": number + 1,
+            "seconds": given.seconds,
+            "cpus": given.cpus,
+            "failures": run.failures,
+            "rows": run.results(),
+        }
+        title = write(report, given.out or RESULTS / f"core-{date}")
+    console.print(table(report, title))
     return 0
 
 
