@@ -136,9 +136,9 @@ class Run:
 
 
 def ratio(about: dict[str, Any], medians: dict[str, float], other: str) -> float | None:
-    """How many times better hpc_ray is than the other; None where one of them is missing, or did nothing."""
+    """How many times better hpc_ray is than the other; None for shares, and where one of them is missing or did nothing."""
     ours, theirs = medians.get("hpc_ray"), medians[other]
-    if not ours or not theirs:
+    if not ours or not theirs or about["unit"] == "%":
         return None
     return theirs / ours if about["less_is_better"] else ours / theirs
 
