@@ -64,6 +64,8 @@ def get(
         ValueError, TypeError: not a reference, or not a list of them.
     """
     client = context.client or ensure_connected()
+    if timeout is not None:
+        _check_seconds("get", timeout)
     if type(object_refs) is ObjectRef:
         return client.get_one(object_refs, timeout)
     if hasattr(object_refs, "_get_for_api"):
@@ -117,6 +119,10 @@ def wait(
         raise TypeError("wait() expected a list of ObjectRef, got a single ObjectRef")
     if not isinstance(ray_waitables, list):
         raise TypeError(f"wait() expected a list of ObjectRef, got {type(ray_waitables)}")
+    if timeout is not None:
+        _check_seconds("wait", timeout)
+    if not isinstance(num_returns, int):
+        raise TypeError(f"wait(num_returns=...) takes an integer, not {type(num_returns).__name__}")
     if timeout is not None and timeout < 0:
         raise ValueError(f"The 'timeout' argument must be nonnegative. Received {timeout}")
     for item in ray_waitables:
@@ -241,6 +247,11 @@ def available_resources() -> dict[str, float]:
 def get_gpu_ids() -> list[int]:
     """Indices of the GPUs that the calling task or actor has."""
     return gpu_ids()
+
+
+def _check_seconds(function: str, timeout: Any) -> None:
+    if not hasattr(timeout, "__float__"):
+        raise TypeError(f"{function}(timeout=...) takes a number of seconds or None, not {type(timeout).__name__}")
 
 
 def _floats(resources: dict[str, int]) -> dict[str, float]:
