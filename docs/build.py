@@ -23,10 +23,6 @@ _SECTIONS = ("Args", "Returns", "Raises", "Yields", "Example")
 _ITEM = re.compile(r"(?!\s)([\w.*, …()]+): +(\S.*)")
 
 
-def modules() -> list[str]:
-    return list(json.loads(TABLE.read_text()))
-
-
 # ------------------------------------------------------------------ api.md
 
 
@@ -40,28 +36,23 @@ def api() -> str:
     ]
     parts, contents = [], []
     seen: dict[int, str] = {}
-    for name in modules():
+    theirs: dict[str, dict[str, Any]] = json.loads(TABLE.read_text())
+    for name in theirs:
         full = f"hpc_ray.{name}" if name else "hpc_ray"
         module = importlib.import_module(full)
         contents.append(f"[{full}](#{_anchor(full)})")
         parts += [f"## {full}", "", _markdown(inspect.getdoc(module) or ""), ""]
-        for public in sorted(_names(module)):
+        for public in sorted(_names(module, theirs[name])):
             parts += _entry(full, public, getattr(module, public), seen)
     return "\n".join([*lines, " · ".join(contents), "", *parts]).rstrip() + "\n"
 
 
-def _names(module: Any) -> list[str]:
+def _names(module: Any, theirs: dict[str, Any]) -> list[str]:
+    """What the module declares; where it declares nothing, what of Ray's it has."""
     declared = getattr(module, "__all__", None)
     if declared is not None:
         return [name for name in set(declared) if not name.startswith("__")]
-    home = module.__name__
-    return [
-        name
-        for name, value in vars(module).items()
-        if not name.startswith("_")
-        and getattr(value, "__module__", None) == home
-        and (inspect.isclass(value) or inspect.isroutine(value))
-    ]
+    return [name for name in theirs if name in vars(module)]
 
 
 def _entry(module: str, name: str, value: Any, seen: dict[int, str]) -> list[str]:

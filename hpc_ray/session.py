@@ -75,7 +75,7 @@ class Context(Mapping):
 
 
 def is_initialized() -> bool:
-    """Whether this process is connected to a cluster."""
+    """Whether this process is connected to a cluster. Does not block."""
     return context.client is not None
 
 
