@@ -177,7 +177,7 @@ lint: $(VENV)/.requirements links
 # ---------------------------------------------------------------- the rest
 
 docs: $(VENV)/.installed
-	$(BIN)/python docs/build.py
+	$(BIN)/python docs/pages.py
 
 # Programs whose results on Ray 2.60 are the expected ones: with plain python, and on two nodes over MPI.
 CONFORM = $(TIMED) $(BIN)/python tests/conformance/runner.py check --engine hpc_ray $(CONFORMANCE_ARGS)

@@ -1,7 +1,7 @@
 """The public names and their parameters, compared with Ray's: ``ray_2_60.json``, made by ``surface.py``.
 
 Each difference has its reason in ``docs/differences.py``; a reason whose difference is gone is an error too, so that the list stays
-true. ``docs/api.md`` and ``docs/ray.md`` are what ``docs/build.py`` makes of all this.
+true. ``docs/api.md`` and ``docs/ray.md`` are what ``docs/pages.py`` makes of all this.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ if not hasattr(hpc_ray, "init"):
 
 DOCS = Path(__file__).parent.parent.parent / "docs"
 sys.path.insert(0, str(DOCS))
-import build  # noqa: E402
+import pages  # noqa: E402
 from differences import BETTER, REASONS, TABLE, differences  # noqa: E402
 
 sys.path.remove(str(DOCS))
@@ -48,7 +48,7 @@ def test_what_is_better_is_there():
     assert not [pattern for pattern in BETTER if not fnmatch.filter(names, pattern)]
 
 
-@pytest.mark.parametrize("page", sorted(build.PAGES))
+@pytest.mark.parametrize("page", sorted(pages.PAGES))
 def test_the_pages_are_up_to_date(page):
     """If not: `make docs`."""
-    assert (DOCS / page).read_text() == build.PAGES[page]()
+    assert (DOCS / page).read_text() == pages.PAGES[page]()

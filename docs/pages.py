@@ -1,4 +1,4 @@
-"""Makes ``docs/api.md`` from the docstrings, and ``docs/ray.md`` from the table of Ray's names: ``python docs/build.py``.
+"""Makes ``docs/api.md`` from the docstrings, and ``docs/ray.md`` from the table of Ray's names: ``python docs/pages.py``.
 
 It reads the installed package, so install first. ``tests/state/test_surface.py`` fails when a page is out of date.
 """
