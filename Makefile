@@ -4,6 +4,7 @@
 #   make test         all tests that need no special machine, with Open MPI and with MPICH
 #   make stress       tests that load and break sessions for minutes
 #   make lint         ruff, mypy, and the test of the layers
+#   make docs         docs/api.md and docs/ray.md, from the docstrings and the table of Ray's names
 #   make conformance  programs whose results under Ray are known
 #   make bench        hpc_ray beside Ray and other engines: a table, JSON and a picture in bench/results
 #   make bench-engines  the environments for that, one for each engine
@@ -13,7 +14,7 @@ SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: demo test test-core test-mpi test-mpich test-python stress lint links conformance bench bench-engines clean help
+.PHONY: demo test test-core test-mpi test-mpich test-python stress lint links docs conformance bench bench-engines clean help
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -190,6 +191,9 @@ bench:
 	build/bench/hpc_ray/bin/python -m bench.core $(BENCH_ARGS)
 
 # ---------------------------------------------------------------- the rest
+
+docs: $(VENV)/.installed
+	$(BIN)/python docs/pages.py
 
 # Programs whose results on Ray 2.60 are the expected ones: with plain python, and on two nodes over MPI.
 CONFORM = $(TIMED) $(BIN)/python tests/conformance/runner.py check --engine hpc_ray $(CONFORMANCE_ARGS)

@@ -64,6 +64,8 @@ def get(
         ValueError, TypeError: not a reference, or not a list of them.
     """
     client = context.client or ensure_connected()
+    if timeout is not None:
+        _check_seconds("get", timeout)
     if type(object_refs) is ObjectRef:
         return client.get_one(object_refs, timeout)
     if hasattr(object_refs, "_get_for_api"):
@@ -81,7 +83,7 @@ def get(
 
 
 def put(value: Any, *, _owner: Any = None, _tensor_transport: str | None = None) -> ObjectRef:
-    """Store a value (a copy of it); its reference.
+    """Store a value (a copy of it); its reference. Blocks while it is copied, and while other objects make room for it.
 
     Raises:
         TypeError: the value is a reference, or cannot be pickled.
@@ -117,6 +119,10 @@ def wait(
         raise TypeError("wait() expected a list of ObjectRef, got a single ObjectRef")
     if not isinstance(ray_waitables, list):
         raise TypeError(f"wait() expected a list of ObjectRef, got {type(ray_waitables)}")
+    if timeout is not None:
+        _check_seconds("wait", timeout)
+    if not isinstance(num_returns, int):
+        raise TypeError(f"wait(num_returns=...) takes an integer, not {type(num_returns).__name__}")
     if timeout is not None and timeout < 0:
         raise ValueError(f"The 'timeout' argument must be nonnegative. Received {timeout}")
     for item in ray_waitables:
@@ -124,7 +130,7 @@ def wait(
             raise TypeError(f"wait() expected a list of ObjectRef, got a list containing {type(item)}")
     if not ray_waitables:
         return [], []
-    if len(set(ray_waitables)) != len(ray_waitables):
+    if len({item._entry.id if type(item) is ObjectRef else item for item in ray_waitables}) != len(ray_waitables):
         raise ValueError("Wait requires a list of unique object refs.")
     if num_returns <= 0:
         raise ValueError(f"Invalid number of objects to return {num_returns}.")
@@ -156,7 +162,7 @@ def kill(actor: ActorHandle, *, no_restart: bool = True) -> None:
 
 def cancel(ray_waitable: ObjectRef, *, force: bool = False, recursive: bool = True) -> None:
     """Stop a task: one that waits is dropped, one that runs gets KeyboardInterrupt (``force``: its process ends).
-    ``get`` then raises TaskCancelledError. No effect on a task that is done.
+    ``get`` then raises TaskCancelledError. Does not wait for that. No effect on a task that is done.
 
     Raises:
         TypeError: not a reference.
@@ -179,7 +185,8 @@ def cancel(ray_waitable: ObjectRef, *, force: bool = False, recursive: bool = Tr
 
 
 def get_actor(name: str, namespace: str | None = None) -> ActorHandle:
-    """A handle on a named actor. It is not counted: it does not keep the actor alive.
+    """A handle on a named actor. It is not counted: it does not keep the actor alive. Blocks for one question
+    to the GCS.
 
     Raises:
         ValueError: there is no actor of this name in the namespace (default: the caller's), or the name is empty.
@@ -198,7 +205,8 @@ def get_actor(name: str, namespace: str | None = None) -> ActorHandle:
 
 
 def nodes() -> list[dict[str, Any]]:
-    """The nodes of the cluster, dead ones too, each a dict (NodeID, Alive, Resources, Labels, NodeManagerHostname …)."""
+    """The nodes of the cluster, dead ones too, each a dict (NodeID, Alive, Resources, Labels, NodeManagerHostname …).
+    Blocks for one question to the GCS."""
     found = ensure_connected().query(GCS_ADDRESS, "nodes")
     return [
         {
@@ -229,18 +237,23 @@ def _without_groups(amounts: dict[str, int]) -> dict[str, int]:
 
 
 def cluster_resources() -> dict[str, float]:
-    """What all nodes have, by name."""
+    """What all nodes have, by name ("CPU", "GPU", "memory" in bytes, those of ``init`` …). Blocks for one question to the GCS."""
     return _floats(ensure_connected().query(GCS_ADDRESS, "cluster_resources"))
 
 
 def available_resources() -> dict[str, float]:
-    """What is free now, by name."""
+    """What is free, by name, as the nodes reported last. Blocks for one question to the GCS."""
     return _floats(ensure_connected().query(GCS_ADDRESS, "available_resources"))
 
 
 def get_gpu_ids() -> list[int]:
-    """Indices of the GPUs that the calling task or actor has."""
+    """Indices of the GPUs that the calling task or actor has; [] in a driver. Does not block."""
     return gpu_ids()
+
+
+def _check_seconds(function: str, timeout: Any) -> None:
+    if not hasattr(timeout, "__float__"):
+        raise TypeError(f"{function}(timeout=...) takes a number of seconds or None, not {type(timeout).__name__}")
 
 
 def _floats(resources: dict[str, int]) -> dict[str, float]:

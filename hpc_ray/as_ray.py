@@ -86,6 +86,9 @@ class _Unusable(types.ModuleType):
 
         return type(name, (), {"__module__": self.__name__, "__init__": refuse})
 
+    def __reduce__(self) -> Any:
+        return importlib.import_module, (self.__name__,)
+
 
 class _Ray(types.ModuleType):
     """The module ``ray``: hpc_ray, with the version of Ray that it follows."""
@@ -103,6 +106,10 @@ class _Ray(types.ModuleType):
 
     def __dir__(self) -> list[str]:
         return dir(sys.modules["hpc_ray"])
+
+    def __reduce__(self) -> Any:
+        """By name, as modules go: functions of the main program take along the ``ray`` that they use."""
+        return importlib.import_module, (self.__name__,)
 
 
 def install() -> None:

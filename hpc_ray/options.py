@@ -118,6 +118,14 @@ def _groups(name: str, value: Any) -> None:
         _integer(1)(f"{name}[{key!r}]", count)
 
 
+def _labels(name: str, value: Any) -> None:
+    if not isinstance(value, dict):
+        raise TypeError(f"{name} must be a dict of labels and what they shall be, not {type(value).__name__}")
+    for key, wanted in value.items():
+        if not isinstance(key, str) or not isinstance(wanted, str):
+            raise TypeError(f'{name} must hold str: "value", "!value", "in(a, b)" or "!in(a, b)"; it has {key!r}: {wanted!r}')
+
+
 def _environment(name: str, value: Any) -> None:
     packing.check(value)
 
@@ -134,7 +142,7 @@ _COMMON: dict[str, Check] = {
     "placement_group": _group,  # this and the next two: as they were written before there were strategies
     "placement_group_bundle_index": _integer(-1),
     "placement_group_capture_child_tasks": _optional(_typed(bool, "a bool")),
-    "label_selector": _optional(_typed(dict, "a dict of labels")),
+    "label_selector": _optional(_labels),
     "name": _optional(_name),
     "_metadata": _optional(_typed(dict, "a dict")),
     "enable_task_events": _typed(bool, "a bool"),

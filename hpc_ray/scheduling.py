@@ -9,12 +9,14 @@ it by index, and so on round: so the raylets of a large session do not all spill
 
 from __future__ import annotations
 
+import copy
 import enum
 from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
-from hpc_ray.protocol import NodeInfo, Resources, Strategy
+from hpc_ray.protocol import UNIT, LogLines, NodeInfo, Resources, Strategy
 
+INFEASIBLE_S = 3.0  # before an owner is told that no node can ever meet its request
 PACK_UNTIL = 0.5  # Ray's hybrid policy: stay local up to this utilisation, then the least used node
 _MOST_NODES = 1 << 16
 _CRITICAL = ("CPU", "memory", "object_store_memory")  # what utilisation is measured by (Ray's choice, too)
@@ -67,6 +69,12 @@ class NodeView:
         for name, amount in demand.items():
             self.available[name] = min(self.total.get(name, 0), self.available.get(name, 0) + amount)
 
+    def emptied(self) -> NodeView:
+        """A copy on which nothing runs."""
+        found = copy.copy(self)
+        found.available = dict(self.total)
+        return found
+
     def utilisation(self) -> float:
         return utilisation(self.total, self.available)
 
@@ -79,6 +87,25 @@ def utilisation(total: Resources, available: Resources) -> float:
         if amount:
             most = max(most, 1.0 - available.get(name, 0) / amount)
     return most
+
+
+# ------------------------------------------------------------------ what is told
+
+
+def readable(amounts: Resources) -> str:
+    return "{" + ", ".join(f"{name}: {amount / UNIT:g}" for name, amount in sorted(amounts.items())) + "}"
+
+
+def infeasible(nodes: Iterable[NodeView], asks: str, job_id: bytes) -> LogLines:
+    """The warning for whoever ``asks`` ("an actor asks for …") what no node of today can ever meet."""
+    most: Resources = {}
+    for node in nodes:
+        if node.alive:
+            for name, amount in node.total.items():
+                if "_group_" not in name and not name.startswith("node:"):
+                    most[name] = max(most.get(name, 0), amount)
+    text = f"Warning: {asks}, which no node of this session can ever meet; the most that a node has: {readable(most)}. "
+    return LogLines(0, "raylet", "", job_id, True, [text + "It waits for a node that can."])
 
 
 # ------------------------------------------------------------------ labels

@@ -48,11 +48,16 @@ def note_contained(reference: Any) -> bool:
 
 
 def register_serializer(cls: type, *, serializer: Callable, deserializer: Callable) -> None:
-    """Use ``serializer(object) -> picklable`` and ``deserializer(picklable) -> object`` for exactly this class."""
+    """Use ``serializer(object) -> picklable`` and ``deserializer(picklable) -> object`` for exactly this class.
+
+    For what this process pickles; not for subclasses. An earlier pair is replaced. What the first raises comes out of ``put`` and
+    ``remote``, what the second raises out of ``get``.
+    """
     _custom[cls] = (serializer, deserializer)
 
 
 def deregister_serializer(cls: type) -> None:
+    """Pickle objects of this class as usual again. Harmless if nothing was registered."""
     _custom.pop(cls, None)
 
 

@@ -75,7 +75,7 @@ class Context(Mapping):
 
 
 def is_initialized() -> bool:
-    """Whether this process is connected to a cluster."""
+    """Whether this process is connected to a cluster. Does not block."""
     return context.client is not None
 
 
@@ -288,6 +288,8 @@ def _check_amounts(
             raise TypeError(f"{name} must be a number, not {type(value).__name__}")
         if not 0 <= value < float("inf"):
             raise ValueError(f"{name} must be a finite number and not negative, it is {value}")
+    if resources is not None and not isinstance(resources, dict):
+        raise TypeError(f"resources must be a dict of names and amounts, not {type(resources).__name__}")
     for name, value in (resources or {}).items():
         assert name not in ("CPU", "GPU", "memory", "object_store_memory"), (
             f"use {_ARGUMENT[name]}=... instead of resources={{{name!r}: ...}}"

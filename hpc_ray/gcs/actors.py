@@ -37,7 +37,7 @@ from hpc_ray.protocol import (
     StopActor,
     SubscribeActor,
 )
-from hpc_ray.scheduling import Verdict, choose
+from hpc_ray.scheduling import INFEASIBLE_S, Verdict, choose, infeasible, readable
 
 MAX_DEAD_ACTORS = 100_000  # kept for questions about them
 RETRY_S = 0.02  # after a raylet sent an actor back
@@ -101,6 +101,7 @@ class Actors(Part):
         self.subscriptions: dict[int, dict[bytes, None]] = {}  # process → actors
         self.dead_actors: dict[bytes, None] = {}  # oldest first
         self._actor_turn = 0
+        self._warned_actors: set[bytes] = set()  # waiting ones whose owner knows that no node can have them
 
     # -- making
 
@@ -156,15 +157,30 @@ class Actors(Part):
             self.bury_actor(actor, DeathCause("UNSCHEDULABLE", text))
             return True
         if verdict is Verdict.NOWHERE:
+            if not spec.shape.group_id and spec.actor_id not in self._warned_actors:
+                self.set_timer("infeasible_actors", self.now + INFEASIBLE_S)
             return False
         record = actor.record
         record.attempt += 1
         record.node = node
         del self.waiting_actors[spec.actor_id]
+        self._warned_actors.discard(spec.actor_id)
         self.take(node, spec.shape.resources)
         self._save(actor, f"attempt {record.attempt} to node {node}")
         self.send(raylet_address(node), StartActor(record.attempt, spec))
         return True
+
+    def timer_infeasible_actors(self) -> None:
+        """Tell owners, once for each actor, what it needs and what there is. Where a group is missing, the group is told of."""
+        self._warned_actors &= self.waiting_actors.keys()
+        for actor_id in self.waiting_actors:
+            spec = self.actors[actor_id].spec
+            if spec.shape.group_id or actor_id in self._warned_actors:
+                continue
+            if choose(self.views.values(), spec.placement, spec.shape.strategy)[0] is Verdict.NOWHERE:
+                self._warned_actors.add(actor_id)
+                asks = f"the actor {spec.class_name} asks for {readable(spec.placement)} (strategy {spec.shape.strategy.kind})"
+                self.send(spec.owner, infeasible(self.views.values(), asks, spec.shape.job_id))
 
     @handles(ActorRejected)
     def on_actor_rejected(self, event: ActorRejected, source: int) -> None:

@@ -26,7 +26,7 @@ from hpc_ray.protocol import (
     ReleaseBundles,
     Resources,
 )
-from hpc_ray.scheduling import place_bundles
+from hpc_ray.scheduling import INFEASIBLE_S, infeasible, place_bundles, readable
 
 STRATEGIES = ("PACK", "SPREAD", "STRICT_PACK", "STRICT_SPREAD")
 MAX_REMOVED_GROUPS = 10_000
@@ -92,6 +92,7 @@ class Groups(Part):
         self.groups: dict[bytes, Group] = {}
         self.group_names: dict[tuple[str, str], bytes] = {}
         self.waiting_groups: dict[bytes, None] = {}
+        self._warned_groups: set[bytes] = set()  # waiting ones whose maker knows that they can never fit
         self.removed_group_ids: dict[bytes, None] = {}
         self._attempts: dict[bytes, Attempt] = {}
         self._waiters: dict[bytes, dict[tuple[int, int], None]] = {}
@@ -194,7 +195,10 @@ class Groups(Part):
             prefer=group.creator >> 48,
         )
         if placed is None:
+            if group.group_id not in self._warned_groups:
+                self.set_timer("infeasible_groups", self.now + INFEASIBLE_S)
             return
+        self._warned_groups.discard(group.group_id)
         del self.waiting_groups[group.group_id]
         self._group_retry_at.pop(group.group_id, None)
         group.attempt += 1
@@ -206,6 +210,20 @@ class Groups(Part):
             for bundle in mine.values():
                 self.take(node, bundle)
             self.send(raylet_address(node), PrepareBundles(group.group_id, group.attempt, mine))
+
+    def timer_infeasible_groups(self) -> None:
+        """Tell whoever made a group, once, that it would not fit even if all nodes were empty."""
+        self._warned_groups &= self.waiting_groups.keys()
+        empty = [view.emptied() for view in self.views.values()]
+        for group_id in self.waiting_groups:
+            group = self.groups[group_id]
+            if group_id in self._warned_groups:
+                continue
+            if place_bundles(empty, dict(enumerate(group.bundles)), group.strategy, labels=dict(enumerate(group.labels))) is None:
+                self._warned_groups.add(group_id)
+                bundles = ", ".join(readable(bundle) for bundle in group.bundles[:8]) + (", …" if len(group.bundles) > 8 else "")
+                asks = f"a placement group asks for {bundles} (strategy {group.strategy})"
+                self.send(group.creator, infeasible(self.views.values(), asks, group.job_id))
 
     @handles(BundlesPrepared)
     def on_bundles_prepared(self, event: BundlesPrepared, source: int) -> None:

@@ -20,7 +20,6 @@ import msgspec
 from hpc_ray.ids import GCS_ADDRESS, node_of
 from hpc_ray.machine import handles
 from hpc_ray.protocol import (
-    UNIT,
     ActorRejected,
     ActorSpec,
     ActorStarting,
@@ -48,11 +47,10 @@ from hpc_ray.protocol import (
 from hpc_ray.raylet.part import Part
 from hpc_ray.raylet.resources import Grant
 from hpc_ray.raylet.workers import Worker, WorkerState
-from hpc_ray.scheduling import PACK_UNTIL, Choice, Verdict, choose, matches, utilisation
+from hpc_ray.scheduling import INFEASIBLE_S, PACK_UNTIL, Choice, Verdict, choose, infeasible, matches, readable, utilisation
 
 UNKNOWN_NODE_S = 0.5  # how long a node that nobody has heard of may still turn up
 TAKE_S = 0.3  # for so long a node counts as using what was just sent to it
-INFEASIBLE_S = 3.0  # before the owner is told that nothing here can ever meet its request
 _WAIT, _REFUSED, _ELSEWHERE = -1, -2, -3  # answers of _place that are no node
 
 _canonical = msgspec.msgpack.Encoder(order="sorted").encode
@@ -345,18 +343,8 @@ class Leases(Part):
                     self.send(request.owner, self._warning(queue))
 
     def _warning(self, queue: Queue) -> LogLines:
-        most: Resources = {}
-        for view in self.views.values():
-            if view.alive:
-                for name, amount in view.total.items():
-                    if "_group_" not in name and not name.startswith("node:"):
-                        most[name] = max(most.get(name, 0), amount)
-        text = (
-            f"Warning: a task or actor asks for {readable(queue.placement)}, which no node of this session can ever "
-            f"meet (strategy {queue.shape.strategy.kind}; the most that a node has: {readable(most)}). It waits for a "
-            "node that can."
-        )
-        return LogLines(0, "raylet", "", queue.shape.job_id, True, [text])
+        asks = f"a task asks for {readable(queue.placement)} (strategy {queue.shape.strategy.kind})"
+        return infeasible(self.views.values(), asks, queue.shape.job_id)
 
     # -- grants
 
@@ -541,10 +529,6 @@ class Leases(Part):
     def waiting_shapes(self) -> list[Resources]:
         """What waits here, for the report; at most 20 kinds."""
         return [queue.placement for queue in list(self.queues.values())[:20]]
-
-
-def readable(amounts: Resources) -> str:
-    return "{" + ", ".join(f"{name}: {amount / UNIT:g}" for name, amount in sorted(amounts.items())) + "}"
 
 
 def _group_removed(request_id: int) -> LeaseRefused:

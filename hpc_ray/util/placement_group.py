@@ -208,7 +208,12 @@ def _specs(bundles: list[dict[str, int]]) -> list[dict[str, float]]:
 
 
 def remove_placement_group(placement_group: PlacementGroup) -> None:
-    """Give back the bundles; tasks and actors in them are ended. Harmless if it was removed before."""
+    """Give back the bundles; tasks and actors in them are ended. Harmless if it was removed before.
+    Blocks until the GCS knows; the bundles follow.
+
+    Raises:
+        AssertionError: None.
+    """
     assert placement_group is not None, "remove_placement_group() needs a placement group"
     ensure_connected().query(GCS_ADDRESS, "remove_placement_group", group_id=placement_group.id.binary())
 
@@ -236,7 +241,8 @@ def get_current_placement_group() -> PlacementGroup | None:
 
 
 def placement_group_table(placement_group: PlacementGroup | None = None) -> dict[str, Any]:
-    """What the GCS knows about a group ({} if nothing); without one: about all, by their hexadecimal ids."""
+    """What the GCS knows about a group ({} if nothing); without one: about all, by their hexadecimal ids. Blocks for
+    one question to the GCS."""
     client = ensure_connected()
     if placement_group is not None:
         row = client.query(GCS_ADDRESS, "placement_group_table", group_id=placement_group.id.binary())

@@ -92,6 +92,7 @@ class ActorHost:
             self.executor.actor.instance.__init__(*args, **kwargs)
             args = kwargs = None  # type: ignore[assignment]
             failed = False
+            self._name_output()
         except BaseException as error:
             if isinstance(error, LeaveProcess):
                 self.executor.leaving = str(error)
@@ -116,6 +117,16 @@ class ActorHost:
             due = set(client.objects.unacknowledged)
             ready = ActorReady(spec.actor_id, message.attempt, client.address)
             client.objects.when_acknowledged(due, lambda: self.executor.post(GCS_ADDRESS, ready))
+
+    def _name_output(self) -> None:
+        """What the actor prints goes by its own ``__repr__``, where its class has one."""
+        assert self.executor.actor is not None
+        instance = self.executor.actor.instance
+        if getattr(type(instance), "__repr__") is not object.__repr__:  # noqa: B009 - a type checker holds them apart
+            try:
+                set_task_name(repr(instance))
+            except Exception:
+                return  # a name is no reason to fail: the class's stays
 
     def group_of(self, task: PushTask) -> str:
         if task.extras:

@@ -29,17 +29,21 @@ def inside():
     return [type(ray).__name__, ray.__version__, Queue.__module__, ray.get(ray.put(3))]
 
 @ray.remote
+def outside():  # uses the program's own import
+    return ray.get(ray.put(4))
+
+@ray.remote
 def fail():
     raise Mine("mine")
 
-print(ray.get(inside.remote()))
+print(ray.get(inside.remote()), ray.get(outside.remote()))
 try:
     ray.get(fail.remote())
 except Mine as error:
     print(isinstance(error, RayTaskError), isinstance(error, hpc_ray.exceptions.RayTaskError))
 print(__name__, sys.argv[1:], hpc_ray.install_as_ray())
 """
-SHOWN = ["['_Ray', '2.60.0', 'hpc_ray.util.queue', 3]", "True True", "__main__ ['a', 'b'] None"]
+SHOWN = ["['_Ray', '2.60.0', 'hpc_ray.util.queue', 3] 4", "True True", "__main__ ['a', 'b'] None"]
 INSTALL = "import hpc_ray; hpc_ray.install_as_ray()\n"
 
 

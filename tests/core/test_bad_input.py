@@ -69,6 +69,7 @@ BAD_OPTIONS = {
     "strategy's type": ({"scheduling_strategy": 3}, TypeError, "scheduling_strategy"),
     "runtime_env": ({"runtime_env": "conda"}, TypeError, "runtime_env"),
     "name": ({"name": 3}, TypeError, "name"),
+    "label that is no text": ({"label_selector": {"zone": 1}}, TypeError, "label_selector.*'zone': 1"),
 }
 TASKS_ONLY = {
     "negative returns": ({"num_returns": -1}, ValueError, "num_returns"),
@@ -470,3 +471,13 @@ def test_an_actor_class_is_no_base(ray):
 
         class Derived(Base):
             pass
+
+
+def test_timeouts_and_counts_that_are_no_numbers(ray, function):
+    reference = function.remote()
+    with pytest.raises(TypeError, match=r"seconds.*str"):
+        ray.get(reference, timeout="1")
+    with pytest.raises(TypeError, match=r"seconds.*str"):
+        ray.wait([reference], timeout="1")
+    with pytest.raises(TypeError, match=r"num_returns.*str"):
+        ray.wait([reference], num_returns="1")

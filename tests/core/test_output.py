@@ -92,6 +92,26 @@ await_output("actor here")
     assert re.search(r"^\(Speaker pid=\d+\) actor here$", out, re.MULTILINE), out
 
 
+def test_actors_with_a_repr_are_called_by_that(run):
+    out, _ = run("""
+ray.init(num_cpus=2)
+
+@ray.remote
+class Speaker:
+    def __init__(self, number):
+        self.number = number
+    def __repr__(self):
+        return f"Speaker({1 / self.number})"
+    def method(self):
+        print("actor here", self.number)
+
+ray.get([Speaker.remote(number).method.remote() for number in (2, 0)])
+await_output("actor here 2", "actor here 0")
+""")
+    assert re.search(r"^\(Speaker\(0\.5\) pid=\d+\) actor here 2$", out, re.MULTILINE), out
+    assert re.search(r"^\(Speaker pid=\d+\) actor here 0$", out, re.MULTILINE), out
+
+
 def test_printed_pid_is_the_workers(run):
     out, _ = run("""
 import os

@@ -372,6 +372,24 @@ def test_rejected_and_retried_after_a_while():
     assert gcs.info().cause.kind == "RUNTIME_ENV"
 
 
+def test_infeasible_actors_wait_and_their_owner_is_told_once():
+    gcs = Gcs([1])
+    gcs.create(placement={"slot": UNIT})
+    gcs.pass_time(100)
+    [warning] = gcs.take(p.LogLines, ME)
+    assert "slot: 1" in warning.lines[0]
+    assert "has: {CPU: 1" in warning.lines[0]
+
+
+def test_an_actor_that_only_waits_for_room_is_not_told_of():
+    gcs = Gcs([1])
+    gcs.create()
+    gcs.place()
+    gcs.create(bytes(16))
+    gcs.pass_time(100)
+    assert gcs.take(p.LogLines) == []
+
+
 def test_waits_for_room_that_may_come():
     gcs = Gcs([1])
     gcs.create(placement={"CPU": 4 * UNIT})
@@ -502,6 +520,15 @@ def test_a_group_that_does_not_fit_waits():
     assert gcs.state.query_placement_group_table(GROUP)["state"] == "PENDING"
     gcs.join(1, 4)
     assert answer_prepares(gcs) == [1]
+
+
+def test_infeasible_groups_wait_and_their_maker_is_told_once():
+    gcs = Gcs([1])
+    new_group(gcs)
+    gcs.pass_time(100)
+    [warning] = gcs.take(p.LogLines)
+    assert "placement group" in warning.lines[0]
+    assert "has: {CPU: 1" in warning.lines[0]
 
 
 def test_bad_groups():

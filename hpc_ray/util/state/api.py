@@ -247,22 +247,26 @@ def get_actor(id: str, address: str | None = None, timeout: int = DEFAULT_TIMEOU
 
 
 def get_job(id: str, address: str | None = None, timeout: int = DEFAULT_TIMEOUT_S, _explain: bool = False) -> JobState | None:
+    """One program by its hexadecimal id, with all details; None for an unknown id. Blocks. Errors: see ``StateApiClient.list``."""
     return StateApiClient(address).get("jobs", id, timeout)
 
 
 def get_placement_group(
     id: str, address: str | None = None, timeout: int = DEFAULT_TIMEOUT_S, _explain: bool = False
 ) -> PlacementGroupState | None:
+    """One placement group by its hexadecimal id, with all details; None for an unknown id. Blocks. Errors: see ``StateApiClient.list``."""
     return StateApiClient(address).get("placement_groups", id, timeout)
 
 
 def get_node(id: str, address: str | None = None, timeout: int = DEFAULT_TIMEOUT_S, _explain: bool = False) -> NodeState | None:
+    """One node by its hexadecimal id, with all details; None for an unknown id. Blocks. Errors: see ``StateApiClient.list``."""
     return StateApiClient(address).get("nodes", id, timeout)
 
 
 def get_worker(
     id: str, address: str | None = None, timeout: int = DEFAULT_TIMEOUT_S, _explain: bool = False
 ) -> WorkerState | None:
+    """One worker or driver by its hexadecimal id, with all details; None for an unknown id. Blocks. Errors: see ``StateApiClient.list``."""
     return StateApiClient(address).get("workers", id, timeout)
 
 
@@ -278,26 +282,26 @@ def get_task(
 def get_objects(
     id: str, address: str | None = None, timeout: int = DEFAULT_TIMEOUT_S, _explain: bool = False
 ) -> list[ObjectState]:
-    """An object by its id: a row for each process that refers to it."""
+    """An object by its id: a row for each process that refers to it. Blocks."""
     return StateApiClient(address).get("objects", id, timeout)
 
 
 def summarize_actors(
     address: str | None = None, timeout: int = DEFAULT_TIMEOUT_S, raise_on_missing_output: bool = True, _explain: bool = False
 ) -> dict[str, Any]:
-    """How many actors of each class are in which state."""
+    """How many actors of each class are in which state: ``["cluster"]["summary"][class]["state_counts"]``. Blocks."""
     return StateApiClient(address).summary("actors", timeout, raise_on_missing_output)
 
 
 def summarize_tasks(
     address: str | None = None, timeout: int = DEFAULT_TIMEOUT_S, raise_on_missing_output: bool = True, _explain: bool = False
 ) -> dict[str, Any]:
-    """How many attempts of each task are in which state."""
+    """How many attempts of each task are in which state: ``["cluster"]["summary"][name]["state_counts"]``. Blocks."""
     return StateApiClient(address).summary("tasks", timeout, raise_on_missing_output)
 
 
 def summarize_objects(
     address: str | None = None, timeout: int = DEFAULT_TIMEOUT_S, raise_on_missing_output: bool = True, _explain: bool = False
 ) -> dict[str, Any]:
-    """How many objects there are, and their size."""
+    """How many objects there are, and their size. Blocks."""
     return StateApiClient(address).summary("objects", timeout, raise_on_missing_output)
