@@ -551,8 +551,7 @@ class ForkServer:
         self._code = 0
         self._reason = reason
         self._deadline = time.monotonic() + self.config.settings.kill_on_exit_s
-        self._unwatch(self.listener.fileno())
-        self.listener.close()
+        self._stop_listening()
         message = encode(Shutdown(reason))
         if self.config.node == 0:
             self.lane.send(GCS_ADDRESS, message)
@@ -564,7 +563,14 @@ class ForkServer:
         self._code = 1
         self._reason = text
         self._deadline = 0.0
+        self._stop_listening()
         self._notify({"died": text})
+
+    def _stop_listening(self) -> None:
+        """Whoever is not in by now gets no answer, rather than half of one."""
+        if self.listener.fileno() >= 0:
+            self._unwatch(self.listener.fileno())
+            self.listener.close()
 
     def _notify(self, note: dict[str, Any]) -> None:
         connections = [client.connection for client in self._clients.values()]

@@ -23,6 +23,7 @@ from hpc_ray.client.refs import ObjectRef
 from hpc_ray.client.streams import DYNAMIC, ObjectRefGenerator, Stream
 from hpc_ray.exceptions import (
     RayError,
+    RayTaskError,
     RuntimeEnvSetupError,
     TaskCancelledError,
     TaskPlacementGroupRemoved,
@@ -52,7 +53,7 @@ from hpc_ray.protocol import (
     UseLease,
     encode,
 )
-from hpc_ray.serialize import dumps, explain_arguments, serialize_arguments
+from hpc_ray.serialize import dumps, explain_arguments, loads, serialize_arguments
 
 if TYPE_CHECKING:
     from hpc_ray.client.client import Client
@@ -268,7 +269,7 @@ class CallPacker:
             if result is None:
                 return Result(ERROR, dumps(RayError(f"argument {entry.id.hex()} was freed before the task could run")))
             if result.kind == ERROR:
-                return result
+                return Result(ERROR, dumps(_ErrorOfArgument(task.template.name, result.payload)))
             if result.contained:
                 result = Result(result.kind, result.payload, result.node, result.handle, result.size)
             found.append(Dependency(entry.id, result, slot, entry.places or []))
@@ -379,6 +380,25 @@ class CallPacker:
     def fail(self, task: Task, error: BaseException | Result) -> None:
         result = error if isinstance(error, Result) else Result(ERROR, dumps(error))
         self.finish(task, [result] * max(1, len(task.returns)) if task.stream is not None else [result] * len(task.returns))
+
+
+class _ErrorOfArgument:
+    """Turns into the error of a task whose argument failed, where that is read: no user's class is made under the lock."""
+
+    def __init__(self, name: str, payload: bytes):
+        self.name = name
+        self.payload = payload
+
+    def __reduce__(self) -> Any:
+        return error_of_argument, (self.name, self.payload)
+
+
+def error_of_argument(name: str, payload: bytes) -> BaseException:
+    """User code's error as it is; another one, of a crash for instance, as the cause of this task's."""
+    error = loads(payload)
+    if isinstance(error, RayTaskError):
+        return error
+    return RayTaskError(name, f"{name}() did not run, for an argument failed.\n{type(error).__name__}: {error}", error)
 
 
 class Lease:
