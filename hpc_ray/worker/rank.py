@@ -37,6 +37,7 @@ class RankExecutor(Executor):
     def __init__(self, client: Client, mpi: Any):
         super().__init__(client)
         self.mpi = mpi
+        self.released = False  # the leader wants no more of this rank
 
     def call(self, task: PushTask, args: tuple, kwargs: dict) -> Any:
         world = self.mpi.COMM_WORLD
@@ -79,6 +80,8 @@ def main() -> int:
     executor.run()
     executor.leave()
     client.lane.flush()
+    if not executor.released:  # user code wants it: the others would wait for this rank, and it for them in Finalize
+        return executor.status or 1
     mpi.Finalize()
     client.close()
     attachment.close()
@@ -110,6 +113,7 @@ def _watch(control: socket.socket, executor: RankExecutor) -> None:
     with contextlib.suppress(OSError):
         note, _ = channel.receive_note(control)
         if note is not None:
+            executor.released = True
             executor.leaving = "no gang has used it for long"
             arrival = executor.arrival
             if arrival is not None:

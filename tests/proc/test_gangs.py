@@ -139,6 +139,24 @@ def test_gangs_side_by_side_and_one_after_the_other(session, gate):
     assert not set(ray.get(a)) & set(ray.get(b))
 
 
+def test_who_lists_tasks_sees_the_ranks(session):
+    from hpc_ray.util.state import list_tasks, list_workers
+
+    @ray.remote(mpi_ranks=2)
+    def seen():
+        return os.getpid()
+
+    ranks = ray.get(seen.remote())
+    rows = {row.name: row for row in list_tasks(detail=True)}
+    assert rows["seen"].state == "FINISHED"
+    assert [rows[f"seen[rank {rank} of 2]"].worker_pid for rank in range(2)] == ranks
+    assert set(ranks) < {row.pid for row in list_workers() if row.worker_type == "WORKER"}
+
+
+def test_in_a_graph(session):
+    assert ray.get(added.bind(np.ones(2), factor=3).execute())[2] == (2, 3, 18.0)
+
+
 def test_what_cannot_be(session):
     def f():
         pass
@@ -177,6 +195,8 @@ def fails(how, gate):
         comm.recv(source=2)
         if how == "raise":
             raise KeyError("of rank 1")
+        if how == "exit":
+            sys.exit(0)
         os.kill(os.getpid(), signal.SIGKILL)
     if comm.rank == 2:
         comm.send(None, dest=1)
@@ -192,9 +212,10 @@ def test_a_rank_that_raises_ends_its_gang_only(session, gate):
     assert len(ray.get(added.remote(np.ones(1)))) == 3
 
 
-def test_a_rank_that_is_killed_ends_its_gang_only(session, gate):
+@pytest.mark.parametrize("how", ["kill", "exit"])
+def test_a_rank_that_ends_takes_its_gang_along_only(session, gate, how):
     with pytest.raises(GangError) as caught:
-        ray.get(fails.remote("kill", gate))
+        ray.get(fails.remote(how, gate))
     assert isinstance(caught.value, GangError) and caught.value.size == 3
     assert caught.value.pid in gate.pids("rank")
     if OPEN_MPI:  # MPICH's mpirun ends all at once, and any may be seen first
