@@ -182,7 +182,7 @@ class RemoteFunction:
         if self._ranks:
             shape = led_by_one(shape, self._ranks)
         if self.needs:
-            check_room(f"{self._function.__name__}()", shape, self.needs, client)
+            check_room(f"{options.get('name') or self._function.__name__}()", shape, self.needs, client)
         self._template = Template(
             self._exported,
             options.get("name") or self._function.__name__,

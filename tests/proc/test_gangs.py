@@ -295,10 +295,20 @@ def test_a_leader_that_is_killed_takes_its_ranks_along(session, gate, eventually
         eventually(lambda pid=pid: gone(pid), "a rank ends with its leader")
 
 
+def test_a_gang_that_cannot_start_says_why(session):
+    with pytest.raises(LaunchError, match="MPI cannot be used from Python"):
+        ray.get(pids.options(runtime_env={"env_vars": {"MPI4PY_LIBMPI": "/not/there.so"}}).remote())
+
+
 # ------------------------------------------------------------------ programs
 
 
-PROGRAM = "from mpi4py import MPI; c = MPI.COMM_WORLD; print('rank', c.rank, 'sum', c.allreduce(1)); "
+PROGRAM = """
+import os
+from mpi4py import MPI
+comm = MPI.COMM_WORLD
+os.write(1, f"rank {comm.rank} sum {comm.allreduce(1)}\\n".encode())  # in one piece
+"""
 
 
 def test_an_mpi_program_is_a_task(session):
