@@ -109,12 +109,15 @@ class Call:
                 task.cancelled = True
                 self.client.send(task.seat.worker, CancelTask(task.id, task.attempt, False, True))
 
-    def drop(self) -> None:
-        """Nobody waits any more for those that have not answered."""
-        for task in self.tasks:
-            if self.is_under_way(task):
-                del self.client.tasks.tasks[task.id]
-                self.packer.fail(task, TaskCancelledError(TaskID(task.id)))
+    def close(self) -> None:
+        """Nobody waits any more for those that have not answered. Takes the lock."""
+        with self.client.lock:
+            if self.on_death in self.client.mourners:
+                self.client.mourners.remove(self.on_death)
+            for task in self.tasks:
+                if self.is_under_way(task):
+                    del self.client.tasks.tasks[task.id]
+                    self.packer.fail(task, TaskCancelledError(TaskID(task.id)))
 
 
 class Gangs:
@@ -140,8 +143,11 @@ class Gangs:
         try:
             step.calls += 1
             call = Call(self, task, step)
-            self._send(call, task, gpus)
-            self._wait(call)
+            try:
+                self._send(call, task, gpus)
+                self._wait(call)
+            finally:
+                call.close()
             if call.failure is not None:
                 raise GangFailed(call.failure)
             values = self.client.get_many(call.references, None)
@@ -250,10 +256,6 @@ class Gangs:
             with contextlib.suppress(KeyboardInterrupt):
                 client.block(call.settled, client.settings.gang_grace_s, gives_way=False)
             raise
-        finally:
-            with client.lock:
-                client.mourners.remove(call.on_death)
-                call.drop()
 
 
 def share(gpus: list[list[int]], rank: int, each: float) -> list[list[int]]:
