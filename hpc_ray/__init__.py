@@ -43,6 +43,7 @@ from hpc_ray.ids import (
     WorkerID,
 )
 from hpc_ray.ids import ClusterID as ClusterID
+from hpc_ray.mpi import mpi_comm, mpi_run
 from hpc_ray.observation import timeline
 from hpc_ray.runtime_context import get_runtime_context
 from hpc_ray.session import init, install_as_ray, is_initialized, shutdown
@@ -106,6 +107,8 @@ __all__ = [
     "java_function",
     "kill",
     "method",
+    "mpi_comm",
+    "mpi_run",
     "nodes",
     "put",
     "remote",

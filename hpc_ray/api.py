@@ -21,6 +21,10 @@ from hpc_ray.session import ensure_connected
 def remote(*args: Any, **options: Any) -> Any:
     """Make a function remote, or a class an actor: ``@remote``, ``@remote(num_cpus=2)`` or ``remote(f)``.
 
+    Besides Ray's options a function can have ``mpi_ranks``. Then a call runs on so many MPI ranks of one node at once, each with the
+    arguments of the call and the CPUs and GPUs that the options ask for, and ``mpi_comm()`` is their communicator. The value is the
+    list of what they return, by rank; with ``num_returns="per_rank"``, or their number, there is a reference for each.
+
     Raises:
         TypeError: neither a Python function nor a class, or an option of the wrong type.
         ValueError: an option that is unknown or out of range, or a coroutine function.

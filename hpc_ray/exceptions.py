@@ -108,6 +108,27 @@ def _make_dual(error: RayTaskError, cause: BaseException, cause_class: type) -> 
     return cast("RayError", instance)
 
 
+class GangError(RayError):
+    """A process of a gang ended, and the gang with it. ``rank`` of ``size``, its ``pid`` and ``hostname`` say which was the first.
+
+    It is the failure of a task, so ``retry_exceptions=[GangError]`` starts the gang again."""
+
+    def __init__(self, function_name: str = "", rank: int = -1, size: int = 0, pid: int = 0, hostname: str = "", reason: str = ""):
+        super().__init__(function_name, rank, size, pid, hostname, reason)
+        self.function_name = function_name
+        self.rank = rank
+        self.size = size
+        self.pid = pid
+        self.hostname = hostname
+        self.reason = reason
+
+    def __str__(self) -> str:
+        return (
+            f"rank {self.rank} of {self.size} of {self.function_name}() ended before it had returned (pid {self.pid} on "
+            f"{self.hostname}): {self.reason}. The other ranks have been ended, as MPI cannot go on without it."
+        )
+
+
 class UserCodeException(RayError):
     """User code outside of a task raised, for instance a callback."""
 

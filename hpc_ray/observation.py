@@ -76,7 +76,7 @@ class Asking:
             _process(node, row)
             for node, rows in self.raylets("workers")
             for row in rows
-            if row["kind"] in ("WORKER", "DRIVER") and row["worker_id"]
+            if row["kind"] in ("WORKER", "DRIVER", "RANK") and row["worker_id"]
         ]
 
     def each(self, processes: Iterable[Process], name: str, **arguments: Any) -> dict[int, Any]:

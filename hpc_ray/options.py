@@ -5,12 +5,16 @@ One table per kind; ``check`` refuses what is unknown or wrong before anything i
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from typing import Any
+
+import msgspec
 
 from hpc_ray import packing
 from hpc_ray.client import context
 from hpc_ray.client.client import Client
+from hpc_ray.ids import GCS_ADDRESS
 from hpc_ray.protocol import UNIT, Resources, Shape, Strategy
 from hpc_ray.util.scheduling_strategies import (
     NodeAffinitySchedulingStrategy,
@@ -67,7 +71,7 @@ def _resources(name: str, value: Any) -> None:
 
 def _returns(name: str, value: Any) -> None:
     if isinstance(value, str):
-        if value not in ("dynamic", "streaming"):
+        if value not in ("dynamic", "streaming", "per_rank"):
             raise TypeError(f'{name} must be an integer, "dynamic" or "streaming", not {value!r}')
     else:
         _integer(0)(name, value)
@@ -153,6 +157,7 @@ _TASK: dict[str, Check] = {
     "max_retries": _optional(_integer(0, (-1,))),
     "retry_exceptions": _optional(_retry_exceptions),
     "max_calls": _optional(_integer(0)),
+    "mpi_ranks": _optional(_integer(1)),
     "_generator_backpressure_num_objects": _optional(_integer(1, (-1,))),
 }
 _ACTOR: dict[str, Check] = {
@@ -189,6 +194,7 @@ def _check(kind: str, table: dict[str, Check], options: dict[str, Any], unknown:
 def check_task(options: dict[str, Any]) -> None:
     """Raises TypeError or ValueError for options that a remote function cannot have."""
     _check("remote functions", _TASK, options)
+    _check_gang(options)
     _check_group(options)
     _check_gpus(options)
 
@@ -215,6 +221,22 @@ def _check_group(options: dict[str, Any]) -> None:
         raise ValueError("give the placement group with the scheduling_strategy, not besides it in the option placement_group")
 
 
+def _check_gang(options: dict[str, Any]) -> None:
+    ranks, returns = options.get("mpi_ranks"), options.get("num_returns")
+    if ranks is None:
+        if returns == "per_rank":
+            raise ValueError('num_returns="per_rank" is for gangs: give mpi_ranks as well')
+        return
+    if returns not in (None, 0, 1, ranks, "per_rank"):
+        raise ValueError(
+            f'num_returns of a gang must be 1 (a list of what its ranks return), mpi_ranks={ranks} or "per_rank" (a reference for '
+            f"each), or 0; it is {returns!r}"
+        )
+    gpus = (options.get("num_gpus") or 0) * ranks
+    if gpus != int(gpus):
+        raise ValueError(f"num_gpus={options['num_gpus']} for each of {ranks} ranks makes {gpus:g} GPUs; it must be a whole number")
+
+
 def _check_gpus(options: dict[str, Any]) -> None:
     gpus = options.get("num_gpus")
     if gpus and gpus > 1 and gpus != int(gpus):
@@ -232,6 +254,28 @@ def amounts(options: dict[str, Any], default_cpus: float) -> Resources:
     if options.get("accelerator_type"):
         wanted[f"accelerator_type:{options['accelerator_type']}"] = 0.001
     return {name: round(amount * UNIT) for name, amount in wanted.items() if amount}
+
+
+def led_by_one(shape: Shape, ranks: int) -> Shape:
+    """The lease of a gang: its worker leads so many ranks and no others, since it keeps them for the next one."""
+    fields = json.loads(shape.runtime_env or "{}")
+    return msgspec.structs.replace(shape, runtime_env=json.dumps({**fields, "_mpi_ranks": ranks}, sort_keys=True))
+
+
+def check_room(name: str, shape: Shape, ranks: int, client: Client) -> None:
+    """Raises ValueError where no node is large enough for ``ranks`` that need ``shape`` together. Asks the GCS."""
+    if shape.group_id or not shape.resources:  # a bundle's size has been checked
+        return
+    totals = [node["total"] for node in client.query(GCS_ADDRESS, "nodes") if node["alive"]]
+    room = max((min(total.get(key, 0) * ranks // amount for key, amount in shape.resources.items()) for total in totals), default=0)
+    if room >= ranks:
+        return
+    each = ", ".join(f"{amount / ranks / UNIT:g} {key}" for key, amount in shape.resources.items())
+    raise ValueError(
+        f"{name} shall have {ranks} MPI ranks with {each} each, all on one node, and the largest of the {len(totals)} nodes has room for "
+        f"{room}. Start larger nodes, as with init(num_cpus={ranks}) or hpc-ray run --num-cpus {ranks}, or let ranks share CPUs: "
+        f"num_cpus is what each takes, and may be 0.5 or 0"
+    )
 
 
 def strategy_of(options: dict[str, Any]) -> tuple[Strategy, PlacementGroupSchedulingStrategy | None]:

@@ -36,6 +36,7 @@ class ProcessKind(enum.IntEnum):
     RAYLET = 2
     GCS = 3
     LINK = 4
+    RANK = 5  # of a gang's job step
 
 
 class Strategy(msgspec.Struct, frozen=True, array_like=True, gc=False):

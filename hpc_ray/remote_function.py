@@ -15,7 +15,7 @@ from hpc_ray.client.client import Client
 from hpc_ray.client.streams import code_of
 from hpc_ray.client.tasks import Function, Template
 from hpc_ray.dag.function_node import FunctionNode
-from hpc_ray.options import amounts, check_task, shape_of
+from hpc_ray.options import amounts, check_room, check_task, led_by_one, shape_of
 from hpc_ray.session import ensure_connected
 
 
@@ -25,7 +25,7 @@ def yields(function: Any) -> bool:
 
 def check_generator(num_returns: Any, generator: bool, name: str) -> None:
     """Raises ValueError where a stream is asked of what yields nothing."""
-    if isinstance(num_returns, str) and not generator:
+    if num_returns in ("dynamic", "streaming") and not generator:
         raise ValueError(f'num_returns="{num_returns}" needs a generator; {name} has no yield')
 
 
@@ -102,7 +102,12 @@ class RemoteFunction:
         check_generator(options.get("num_returns"), yields(function), getattr(function, "__name__", "this"))
         self._function = function
         self._options = options
-        self._num_returns = code_of(options.get("num_returns"), yields(function))
+        self._ranks = options.get("mpi_ranks")  # of a gang
+        self.needs = self._ranks  # the ranks that must have room on one node
+        if self._ranks and yields(function):
+            raise ValueError(f"a gang cannot yield, and {function.__name__} does: return a list instead")
+        self._per_rank = options.get("num_returns") == "per_rank"
+        self._num_returns = code_of(self._ranks if self._per_rank else options.get("num_returns"), yields(function))
         self._client: Client | None = None
         self._template: Template | None = None
         self._exported: Function | None = None
@@ -147,7 +152,8 @@ class RemoteFunction:
         self._signature.check(args, kwargs)
         template = self._template
         assert template is not None
-        return client.tasks.submit(template, args, kwargs)
+        made = client.tasks.submit(template, args, kwargs)
+        return [made] if self._per_rank and self._ranks == 1 else made
 
     def _prepare(self, client: Client) -> None:
         """Everything that is the same for each call in this session."""
@@ -164,10 +170,23 @@ class RemoteFunction:
         limit = options.get("_generator_backpressure_num_objects") or 0
         if limit > 0:
             extras["backpressure"] = limit
+        wanted = amounts(options, 1)
+        if self._ranks:
+            extras["gang"] = {
+                "ranks": self._ranks,
+                "gpus": options.get("num_gpus") or 0,
+                "single": self._per_rank and self._ranks == 1,
+            }
+            wanted = {name: amount * self._ranks for name, amount in wanted.items()}
+        shape = shape_of(wanted, options, client)
+        if self._ranks:
+            shape = led_by_one(shape, self._ranks)
+        if self.needs:
+            check_room(f"{options.get('name') or self._function.__name__}()", shape, self.needs, client)
         self._template = Template(
             self._exported,
             options.get("name") or self._function.__name__,
-            shape_of(amounts(options, 1), options, client),
+            shape,
             num_returns=self._num_returns,
             max_retries=3 if retries is None else retries,
             retry_exceptions=bool(retry_exceptions),

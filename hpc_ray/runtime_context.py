@@ -98,6 +98,14 @@ class RuntimeContext:
             raise RuntimeError("This method is only available in an actor.")
         return actors.handle_of_current_actor()
 
+    def get_mpi_rank(self) -> int | None:
+        """Of the calling code in its gang; None outside of one."""
+        return context.gang.rank if context.gang is not None else None
+
+    def get_mpi_size(self) -> int | None:
+        """How many ranks the gang of the calling code has; None outside of one."""
+        return context.gang.size if context.gang is not None else None
+
     def get_placement_group_id(self) -> str | None:
         shape = _shape()
         return shape.group_id.hex() if shape is not None and shape.group_id else None

@@ -362,15 +362,18 @@ class ForkServer:
                 self._tell_raylet(ProcessExited(pid, status, int(ProcessKind.WORKER)))
             elif pid in self._roles:
                 self._on_role_exited(pid, self._roles.pop(pid), status)
+            else:  # an orphan, whose own children are orphans now
+                self._kill_orphans(of=None)
 
-    def _kill_orphans(self, of: int = 0) -> int:
-        """Kills children that we did not fork: those that a worker left behind, or (``of`` 0) all."""
+    def _kill_orphans(self, of: int | None = 0) -> int:
+        """Kills children that we did not fork: those that a worker left behind (``of`` None: any that is gone), or (``of`` 0) all."""
+        alive = {str(pid).encode() for pid in self._workers}
         count = 0
         for pid in session.children(os.getpid()):
             if pid in self._workers or pid in self._roles:
                 continue
             mark = session.environment_of(pid).get(WORKER_VARIABLE.encode(), b"")
-            if of == 0 or mark == str(of).encode():
+            if of == 0 or ((mark and mark not in alive) if of is None else mark == str(of).encode()):
                 try:
                     os.kill(pid, signal.SIGKILL)
                     count += 1

@@ -448,7 +448,7 @@ class Link:
         self.lane = attachment.lane
         self.files = ObjectFiles(_core.Store(attachment.segment, attachment.lane), attachment.config.spill_dir)
         self.node_alive = True
-        channel.send_note(attachment.connection, {"remove": shared_files(self.rank.place.rank, everything=self.node == 0)})
+        channel.send_note(attachment.connection, {"remove": session.shared_files(self.rank.place.rank, everything=self.node == 0)})
         attachment.connection.setblocking(False)
         hello = ProcessStarted(int(ProcessKind.LINK), attachment.worker_id, os.getpid(), 0, build=_build())
         self.lane.send(raylet_address(self.node), encode(hello))
@@ -776,18 +776,6 @@ def leaders(hosts: list[str], nodes: int | None) -> list[int]:
                 chosen.append(ranks[depth])
         depth += 1
     return chosen
-
-
-def shared_files(rank: int, *, everything: bool) -> list[str]:
-    """Files of /dev/shm that MPI has mapped here and that go when our node does: those of our rank (Open MPI ends their names
-    with it), or, for the head, without which there is no world, all."""
-    found = set()
-    with open("/proc/self/maps") as file:
-        for line in file:
-            path = line.rstrip("\n").partition(session.SHARED_MEMORY)[2]
-            if path and "(deleted)" not in path and (everything or path.endswith(f".{rank}")):
-                found.add(session.SHARED_MEMORY + path)
-    return sorted(found)
 
 
 def _spans(ranks: list[int]) -> str:

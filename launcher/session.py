@@ -118,6 +118,18 @@ def remove_files(paths: Iterable[str]) -> None:
                 pass
 
 
+def shared_files(rank: int, *, everything: bool) -> list[str]:
+    """Files of /dev/shm that MPI has mapped here: those of our rank (Open MPI ends their names with it), or ``everything``, for a rank
+    without which there is no world."""
+    found = set()
+    with open("/proc/self/maps") as file:
+        for line in file:
+            path = line.rstrip("\n").partition(SHARED_MEMORY)[2]
+            if path and "(deleted)" not in path and (everything or path.endswith(f".{rank}")):
+                found.add(SHARED_MEMORY + path)
+    return sorted(found)
+
+
 def sweep() -> list[str]:
     """Removes what dead sessions of this user left behind, processes first; the names of those sessions."""
     removed = []

@@ -158,16 +158,26 @@ def find_mpirun() -> MPIRun:
     return MPIRun(path, family, tuple(int(part) for part in found.groups() if part) if found else ())
 
 
-def mpirun_command(mpirun: MPIRun, ranks: int, command: list[str], extra: list[str] | None = None) -> list[str]:
-    """The command line that starts ``ranks`` of ``command``; a pure function."""
+def mpirun_command(
+    mpirun: MPIRun, ranks: int, command: list[str], extra: list[str] | None = None, passed: tuple[str, ...] = (PLAN_VARIABLE,)
+) -> list[str]:
+    """The command line that starts ``ranks`` of ``command``, on other hosts with the variables ``passed``; a pure function."""
     line = [mpirun.path, "-n", str(ranks)]
     if mpirun.family == "openmpi":
         if mpirun.version >= (5,):
             line += ["--with-ft", "ulfm", "--map-by", "slot:OVERSUBSCRIBE"]
         else:
             line += ["--oversubscribe"]
-        line += ["--bind-to", "none", "-x", PLAN_VARIABLE]
+        line += ["--bind-to", "none"]
+        for name in passed:
+            line += ["-x", name]
     return [*line, *(extra or []), *command]
+
+
+def own_host_environment() -> dict[str, str]:
+    """For an mpirun that shall start all its ranks on this host; of an MPI job that this process may be in it knows nothing."""
+    variables = under_root(session.scrubbed_environment())
+    return {name: text for name, text in variables.items() if not name.startswith("SLURM_")}  # else it would use the allocation
 
 
 def check_ranks(ranks: int) -> None:
@@ -309,10 +319,7 @@ def start_virtual(
         quiet=quiet,
         control=name,
     )
-    variables = under_root(session.scrubbed_environment())
-    for variable in list(variables):
-        if variable.startswith("SLURM_"):  # else mpirun would spread the ranks over the allocation
-            del variables[variable]
+    variables = own_host_environment()
     variables[PLAN_VARIABLE] = json.dumps(plan)
     errors = os.memfd_create("hpc_ray-mpirun")
     child = subprocess.Popen(

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextvars
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:
     from hpc_ray.client.client import Client
@@ -23,6 +23,7 @@ detached: bool | None = None  # whether actors that do not say are detached; Non
 logging: str = ""  # of the job: a LoggingConfig as JSON
 is_worker: bool = False
 actor: ActorContext | None = None  # in a process that is an actor
+gang: Gang | None = None  # in a rank, while a call runs
 
 
 class TaskContext:
@@ -36,6 +37,14 @@ class TaskContext:
         self.function_name = function_name
         self.attempt = attempt
         self.shape = shape  # of the lease
+
+
+class Gang(NamedTuple):
+    """The gang that this process is a rank of."""
+
+    rank: int
+    size: int
+    communicator: Any  # mpi4py's
 
 
 class ActorContext:

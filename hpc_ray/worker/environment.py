@@ -203,6 +203,13 @@ class Environment:
         os.execv(program, [program, *command[1:], str(script), json.dumps(note)])
 
 
+def without_ranks(text: str) -> str:
+    """What the tasks of a worker hand on: how many ranks it leads (``options.of_ranks``) is not part of that."""
+    fields = json.loads(text) if text else {}
+    fields.pop("_mpi_ranks", None)
+    return json.dumps(fields, sort_keys=True) if fields else ""
+
+
 def _expanded(text: str) -> str:
     """With ``${NAME}`` replaced by what this process has, or nothing."""
     return re.sub(r"\$\{[A-Za-z0-9_]+\}", "", os.path.expandvars(text))

@@ -46,6 +46,7 @@ from hpc_ray.protocol import (
     WorkerBlocked,
     WorkerUnblocked,
 )
+from hpc_ray.worker.gangs import Gangs
 from hpc_ray.worker.graphs import Graph, Graphs
 from hpc_ray.worker.hosting import ActorHost
 from hpc_ray.worker.output import set_job, set_task_name
@@ -72,6 +73,7 @@ class Executor:
         self.results = Results(self)
         self.host = ActorHost(self)
         self.graphs = Graphs(self)
+        self.gangs = Gangs(self)
         self.leaving: str | None = None
         self.names: dict[tuple[bytes, str, bytes], tuple[str, str]] = {}  # what tasks are called
         self.status = 0  # exit code of the process
@@ -305,12 +307,14 @@ class Executor:
         try:
             self.interruptible = b"" if task.actor_id else task.task_id
             try:
-                args, kwargs, loans = self.arguments(task)
-                called = now_ns()
-                if task.actor_id:
-                    value = self.host.method_of(task)(*args, **kwargs)
+                gang = self.extras(task.extras).get("gang") if task.extras and not task.actor_id else None
+                if gang is not None:
+                    called = now_ns()
+                    value = self.gangs.run(task, gang)
                 else:
-                    value = self.function(task.function_id)(*args, **kwargs)
+                    args, kwargs, loans = self.arguments(task)
+                    called = now_ns()
+                    value = self.call(task, args, kwargs)
                 args = kwargs = None  # type: ignore[assignment]
                 if inspect.iscoroutine(value):
                     value = asyncio.run(_await(value))
@@ -346,6 +350,12 @@ class Executor:
             (task.task_id, task.attempt, current.name, current.function_name, started, called, returned, ended, failed)
         )
         self.reply(source, task, results, loans, ended - started, retryable)
+
+    def call(self, task: PushTask, args: tuple, kwargs: dict) -> Any:
+        """The user's code, in the main thread."""
+        if task.actor_id:
+            return self.host.method_of(task)(*args, **kwargs)
+        return self.function(task.function_id)(*args, **kwargs)
 
     def now_running(self) -> list[tuple]:
         """What runs, as ``Records.runs`` has it, and its state."""

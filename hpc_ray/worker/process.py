@@ -15,7 +15,7 @@ from hpc_ray.client import context
 from hpc_ray.client.client import Client
 from hpc_ray.config import RUNTIME_ENV_VARIABLE, NodeConfig
 from hpc_ray.protocol import ProcessKind, Shutdown
-from hpc_ray.worker.environment import Environment
+from hpc_ray.worker.environment import Environment, without_ranks
 from hpc_ray.worker.executor import Executor
 from hpc_ray.worker.output import name_streams
 
@@ -47,9 +47,10 @@ def _live(segment: Segment, config: NodeConfig, token: int, entered: bool) -> in
     client = Client(segment, lane, config, ProcessKind.WORKER, worker_id, os.getpid(), token)
     context.set_client(client)
     context.is_worker = True
-    context.runtime_env = os.environ.pop(RUNTIME_ENV_VARIABLE, "")
-    if context.runtime_env and not _enter(Environment(context.runtime_env, client), entered):
+    environment = os.environ.pop(RUNTIME_ENV_VARIABLE, "")
+    if environment and not _enter(Environment(environment, client), entered):
         return 1
+    context.runtime_env = without_ranks(environment)
     executor = Executor(client)
     signal.signal(signal.SIGINT, client.interrupts.on_signal)  # cancel uses it
     client.on_shutdown = lambda message: _on_shutdown(executor, message)

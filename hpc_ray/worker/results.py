@@ -17,6 +17,7 @@ from hpc_ray.client.streams import DYNAMIC
 from hpc_ray.exceptions import AsyncioActorExit, RayError, RayTaskError, TaskCancelledError, UnserializableException
 from hpc_ray.ids import TaskID, object_id_of
 from hpc_ray.protocol import ItemsConsumed, PushTask, Result, TaskItem
+from hpc_ray.worker.gangs import GangFailed
 
 if TYPE_CHECKING:
     from hpc_ray.worker.executor import Executor
@@ -190,10 +191,14 @@ class Results:
         if not task.extras:
             return False
         wish = self.executor.extras(task.extras).get("retry_exceptions", False)
+        if isinstance(error, GangFailed):
+            error = getattr(error.failure, "cause", error.failure)
         return wish if isinstance(wish, bool) else isinstance(error, tuple(wish))
 
     def describe(self, name: str, error: BaseException) -> BaseException:
         """The error as the caller shall see it."""
+        if isinstance(error, GangFailed):
+            return error.failure
         client = self.client
         assert client.welcome is not None
         where = f"hpc_ray::{name}() (pid={client.pid}, ip={client.welcome.ip})"

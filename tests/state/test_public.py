@@ -16,7 +16,7 @@ PUBLIC = {
     # functions
     "available_resources", "cancel", "client", "cluster_resources", "cpp_function", "get", "get_actor", "get_gpu_ids",
     "get_runtime_context", "init", "install_as_ray", "is_initialized", "java_actor_class", "java_function", "kill", "method",
-    "nodes", "put", "remote", "shutdown", "timeline", "wait",
+    "mpi_comm", "mpi_run", "nodes", "put", "remote", "shutdown", "timeline", "wait",
     # classes
     "ActorClassID", "ActorID", "ClientBuilder", "DynamicObjectRefGenerator", "FunctionID", "JobID", "Language",
     "LoggingConfig", "NodeID", "ObjectID", "ObjectRef", "ObjectRefGenerator", "PlacementGroupID", "TaskID", "UniqueID",

@@ -130,6 +130,35 @@ def test_grant_return_and_reuse():
     node.state.validate()
 
 
+def test_a_gang_has_all_its_ranks_or_none():
+    node = Node({"CPU": 4})
+    [small] = node.lease(ME)
+    gang = {"resources": {"CPU": 4 * UNIT}, "runtime_env": '{"_mpi_ranks": 4}'}
+    assert node.lease(OTHER, **gang) == []
+    node.tell(p.ReturnLease(small.lease_id), ME)
+    [whole] = node.take(p.LeaseGranted, OTHER)
+    assert node.lease(ME, number=2) == []  # nothing is left
+    node.tell(p.ReturnLease(whole.lease_id), OTHER)
+    assert len(node.take(p.LeaseGranted, ME)) == 1
+    [again] = node.lease(OTHER, number=3, resources={"CPU": 2 * UNIT}, runtime_env='{"_mpi_ranks": 4}')
+    assert again.worker == whole.worker  # the leader that has the ranks
+    node.state.validate()
+
+
+def test_all_hear_of_the_death_of_a_rank():
+    """WORKER-3. It is nobody's child here: its connection tells of its end."""
+    node = Node()
+    [lease] = node.lease()
+    rank = address_of(0, 700, 1)
+    node.tell(p.ProcessStarted(p.ProcessKind.RANK, b"r", 4711, 0), rank)
+    assert len(node.take(p.Welcome, rank)) == 1
+    node.tell(p.ProcessExited(4711, 0, p.ProcessKind.RANK, rank), 0)
+    for destination in (lease.worker, GCS_ADDRESS):
+        [notice] = node.take(p.ProcessDied, destination)
+        assert (notice.address, notice.kind) == (rank, p.ProcessKind.RANK)
+    node.state.validate()
+
+
 def test_no_more_grants_than_resources():
     node = Node({"CPU": 2})
     assert len(node.lease(count=5)) == 2

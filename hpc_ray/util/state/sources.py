@@ -154,7 +154,7 @@ def _workers(asking: Asking) -> list[WorkerState]:
                 WorkerState(
                     worker_id=bytes(row["worker_id"]).hex(),
                     is_alive=alive,
-                    worker_type=row["kind"],
+                    worker_type="WORKER" if row["kind"] == "RANK" else row["kind"],
                     exit_type=None if alive else _exit_type(row["cause"], row["text"]),
                     node_id=bytes(node["node_id"]).hex(),
                     ip=node["ip"],
@@ -166,7 +166,7 @@ def _workers(asking: Asking) -> list[WorkerState]:
                     end_time_ms=0 if alive else _ago_ms(row["died_s"]),
                 )
                 for row in rows
-                if row["kind"] in ("WORKER", "DRIVER") and row["worker_id"]
+                if row["kind"] in ("WORKER", "DRIVER", "RANK") and row["worker_id"]
             ]
     return found
 

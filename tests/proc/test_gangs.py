@@ -1,0 +1,393 @@
+"""Gangs: tasks on several MPI ranks, MPI programs as tasks, and what becomes of them when something fails. The same file runs under
+Open MPI and under MPICH."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("mpi4py", reason="mpi4py is not installed")
+
+import numpy as np
+
+import hpc_ray as ray
+from hpc_ray.exceptions import ConfigurationError, GangError, LaunchError, RayTaskError, TaskCancelledError
+from hpc_ray.launcher import world
+
+try:
+    MPIRUN = world.find_mpirun()
+except LaunchError:
+    pytest.skip("no mpirun is installed", allow_module_level=True)
+
+pytestmark = pytest.mark.timeout(120)
+OPEN_MPI = MPIRUN.family == "openmpi"
+
+
+@pytest.fixture(scope="module")
+def session(no_leaks_in_module):
+    """One for the tests that break nothing but their own gang."""
+    ray.init(num_cpus=6, log_to_driver=False)
+    yield ray
+    ray.shutdown()
+
+
+@ray.remote(mpi_ranks=3)
+def added(array, factor=1):
+    comm = ray.mpi_comm()
+    return comm.rank, comm.size, float(comm.allreduce(array.sum() * factor))
+
+
+@ray.remote(mpi_ranks=2)
+def pids():
+    return os.getpid()
+
+
+# ------------------------------------------------------------------ what a gang does
+
+
+def test_every_rank_gets_the_arguments_and_a_communicator(session):
+    array = np.ones(200_000)  # more than fits into a message
+    wanted = [(rank, 3, 1_200_000.0) for rank in range(3)]
+    assert ray.get(added.remote(array, factor=2)) == wanted
+    assert ray.get(added.remote(ray.put(array), factor=ray.put(2))) == wanted
+
+
+def test_results_by_rank(session):
+    a, b = pids.options(num_returns="per_rank").remote()
+    assert ray.get(a) != ray.get(b)
+    assert len(ray.get(pids.options(num_returns=2).remote())) == 2
+    assert isinstance(ray.get(pids.options(mpi_ranks=1).remote()), list)
+    (only,) = pids.options(mpi_ranks=1, num_returns="per_rank").remote()
+    assert isinstance(ray.get(only), int)
+    assert pids.options(num_returns=0).remote() is None
+
+
+def test_large_results_and_references_in_results_arrive(session):
+    @ray.remote(mpi_ranks=2)
+    def made():
+        rank = ray.mpi_comm().rank
+        return np.full(100_000, rank), ray.put(rank)
+
+    for rank, (array, reference) in enumerate(ray.get(made.remote())):
+        assert (array == rank).all()
+        assert ray.get(reference) == rank
+
+
+def test_a_rank_is_a_worker_like_others(session):
+    @ray.remote
+    def square(x):
+        return x * x
+
+    @ray.remote(mpi_ranks=2, num_cpus=2, runtime_env={"env_vars": {"OF_THE_GANG": "yes"}})
+    def asks():
+        context = ray.get_runtime_context()
+        comm = ray.mpi_comm()
+        child = ray.get(square.options(num_cpus=0).remote(context.get_mpi_rank()))
+        cpus = context.get_assigned_resources()["CPU"]
+        return context.get_mpi_rank() == comm.rank, context.get_mpi_size(), child, cpus, os.environ["OF_THE_GANG"]
+
+    assert ray.get(asks.remote()) == [(True, 2, 0, 2.0, "yes"), (True, 2, 1, 2.0, "yes")]
+    assert ray.get_runtime_context().get_mpi_rank() is None
+    with pytest.raises(RuntimeError, match="mpi_ranks"):
+        ray.mpi_comm()
+
+
+def test_ranks_serve_again_with_another_communicator(session):
+    @ray.remote(mpi_ranks=2)
+    def leaves_a_message():
+        comm = ray.mpi_comm()
+        if comm.rank == 0:
+            comm.isend("old", dest=1, tag=5)
+        return os.getpid()
+
+    @ray.remote(mpi_ranks=2)
+    def receives():
+        comm = ray.mpi_comm()
+        if comm.rank == 0:
+            comm.send("new", dest=1, tag=5)
+        return os.getpid(), comm.recv(source=0, tag=5) if comm.rank == 1 else None
+
+    first = ray.get(leaves_a_message.remote())
+    (a, _), (b, message) = ray.get(receives.remote())
+    assert [a, b] == first  # the same processes
+    assert message == "new"
+
+
+def test_gangs_side_by_side_and_one_after_the_other(session, gate):
+    @ray.remote(mpi_ranks=3)
+    def stays(name):
+        if ray.mpi_comm().rank == 0:
+            gate.wait(name)
+        ray.mpi_comm().barrier()
+        return os.getpid()
+
+    a, b = stays.remote("a"), stays.remote("b")  # six CPUs are enough for both …
+    gate.await_arrivals(1, "a")
+    gate.await_arrivals(1, "b")
+    c = stays.remote("c")  # … but not for a third, which is given all of its ranks or none
+    gate.open("c")
+    assert ray.wait([c], timeout=0.3)[0] == []
+    assert gate.arrived("c") == 0
+    gate.open("a")
+    ray.get(c)
+    gate.open("b")
+    assert not set(ray.get(a)) & set(ray.get(b))
+
+
+def test_who_lists_tasks_sees_the_ranks(session):
+    from hpc_ray.util.state import list_tasks, list_workers
+
+    @ray.remote(mpi_ranks=2)
+    def seen():
+        return os.getpid()
+
+    ranks = ray.get(seen.remote())
+    rows = {row.name: row for row in list_tasks(detail=True)}
+    assert rows["seen"].state == "FINISHED"
+    assert [rows[f"seen[rank {rank} of 2]"].worker_pid for rank in range(2)] == ranks
+    assert set(ranks) < {row.pid for row in list_workers() if row.worker_type == "WORKER"}
+
+
+def test_in_a_graph(session):
+    assert ray.get(added.bind(np.ones(2), factor=3).execute())[2] == (2, 3, 18.0)
+
+
+def test_what_cannot_be(session):
+    def f():
+        pass
+
+    def g():
+        yield 1
+
+    with pytest.raises(ValueError, match="num_returns of a gang"):
+        ray.remote(mpi_ranks=4, num_returns=3)(f)
+    with pytest.raises(ValueError, match="per_rank"):
+        ray.remote(num_returns="per_rank")(f)
+    with pytest.raises(ValueError, match="cannot yield"):
+        ray.remote(mpi_ranks=2)(g)
+    with pytest.raises(ValueError, match="whole number"):
+        ray.remote(mpi_ranks=3, num_gpus=0.5)(f)
+    for ranks in (0, -1):
+        with pytest.raises(ValueError, match="at least 1"):
+            ray.remote(mpi_ranks=ranks)(f)
+    with pytest.raises(TypeError):
+        ray.remote(mpi_ranks="4")(f)
+    with pytest.raises(ValueError, match=r"has room for 6.*init\(num_cpus=7\)"):
+        added.options(mpi_ranks=7).remote(1)
+    with pytest.raises(ValueError, match="has room for 3"):
+        added.options(mpi_ranks=4, num_cpus=2).remote(1)
+    assert len(ray.get(added.options(mpi_ranks=7, num_cpus=0.5).remote(np.ones(1)))) == 7
+
+
+# ------------------------------------------------------------------ failures
+
+
+@ray.remote(mpi_ranks=3)
+def fails(how, gate):
+    comm = ray.mpi_comm()
+    gate.arrive("rank")
+    if comm.rank == 1:
+        comm.recv(source=2)
+        if how == "raise":
+            raise KeyError("of rank 1")
+        if how == "exit":
+            sys.exit(0)
+        os.kill(os.getpid(), signal.SIGKILL)
+    if comm.rank == 2:
+        comm.send(None, dest=1)
+    comm.barrier()  # never complete
+
+
+def test_a_rank_that_raises_ends_its_gang_only(session, gate):
+    with pytest.raises(KeyError, match="of rank 1") as caught:
+        ray.get(fails.remote("raise", gate))
+    assert isinstance(caught.value, RayTaskError)
+    assert "fails[rank 1 of 3]" in str(caught.value)
+    assert 'raise KeyError("of rank 1")' in str(caught.value)
+    assert len(ray.get(added.remote(np.ones(1)))) == 3
+
+
+@pytest.mark.parametrize("how", ["kill", "exit"])
+def test_a_rank_that_ends_takes_its_gang_along_only(session, gate, how):
+    with pytest.raises(GangError) as caught:
+        ray.get(fails.remote(how, gate))
+    assert isinstance(caught.value, GangError) and caught.value.size == 3
+    assert caught.value.pid in gate.pids("rank")
+    if OPEN_MPI:  # MPICH's mpirun ends all at once, and any may be seen first
+        assert caught.value.rank == 1
+    assert len(ray.get(added.remote(np.ones(1)))) == 3
+
+
+def test_a_gang_can_be_repeated(session, gate):
+    @ray.remote(mpi_ranks=2, retry_exceptions=[GangError, KeyError], max_retries=3)
+    def third_time():
+        comm = ray.mpi_comm()
+        if comm.rank == 0:
+            gate.arrive("attempt")
+            if gate.arrived("attempt") == 1:
+                os.kill(os.getpid(), signal.SIGKILL)
+            if gate.arrived("attempt") == 2:
+                raise KeyError
+        comm.barrier()
+        return comm.rank
+
+    assert ray.get(third_time.remote()) == [0, 1]
+    assert gate.arrived("attempt") == 3
+
+
+def gone(pid):
+    return not Path(f"/proc/{pid}").exists() or " Z " in Path(f"/proc/{pid}/stat").read_text()
+
+
+@pytest.mark.parametrize("force", [False, True])
+def test_cancel(session, gate, eventually, force):
+    @ray.remote(mpi_ranks=2)
+    def waits():
+        comm = ray.mpi_comm()
+        gate.arrive("cancel")
+        comm.recv(source=1 - comm.rank)  # of C code, which no interrupt reaches
+
+    reference = waits.remote()
+    gate.await_arrivals(2, "cancel")
+    ray.cancel(reference, force=force)
+    with pytest.raises(TaskCancelledError):
+        ray.get(reference)
+    for pid in gate.pids("cancel"):
+        eventually(lambda pid=pid: gone(pid), "a rank of a cancelled gang ends")
+
+
+def test_ranks_are_interrupted_before_they_are_ended(session, gate):
+    @ray.remote(mpi_ranks=2)
+    def cleans_up():
+        if ray.mpi_comm().rank == 0:
+            raise ValueError("first")
+        try:
+            gate.wait("never")
+        except KeyboardInterrupt:
+            gate.arrive("cleaned")
+            raise
+
+    with pytest.raises(ValueError, match="first"):
+        ray.get(cleans_up.remote())
+    assert gate.arrived("cleaned") == gate.arrived("never")
+
+
+def test_a_leader_that_is_killed_takes_its_ranks_along(session, gate, eventually):
+    @ray.remote(mpi_ranks=2, max_retries=0)
+    def waits():
+        gate.arrive("leader" if ray.mpi_comm().rank == 0 else "other")
+        gate.wait("never")
+
+    reference = waits.remote()
+    gate.await_arrivals(1, "leader")
+    gate.await_arrivals(1, "other")
+    ranks = gate.pids("leader") + gate.pids("other")
+    (leader,) = {int(Path(f"/proc/{pid}/environ").read_bytes().partition(b"HPC_RAY_WORKER=")[2].split(b"\0")[0]) for pid in ranks}
+    os.kill(leader, signal.SIGKILL)
+    with pytest.raises(ray.exceptions.WorkerCrashedError):
+        ray.get(reference)
+    for pid in ranks:
+        eventually(lambda pid=pid: gone(pid), "a rank ends with its leader")
+
+
+def test_a_gang_that_cannot_start_says_why(session):
+    with pytest.raises(LaunchError, match="MPI cannot be used from Python"):
+        ray.get(pids.options(runtime_env={"env_vars": {"MPI4PY_LIBMPI": "/not/there.so"}}).remote())
+
+
+# ------------------------------------------------------------------ programs
+
+
+PROGRAM = """
+import os
+from mpi4py import MPI
+comm = MPI.COMM_WORLD
+os.write(1, f"rank {comm.rank} sum {comm.allreduce(1)}\\n".encode())  # in one piece
+"""
+
+
+def test_an_mpi_program_is_a_task(session):
+    found = ray.mpi_run([sys.executable, "-c", PROGRAM], ranks=2)
+    assert found.returncode == 0, found.stderr
+    assert sorted(found.stdout.splitlines()) == ["rank 0 sum 2", "rank 1 sum 2"]
+    failed = ray.mpi_run(["sh", "-c", "echo oh >&2; exit 3"], ranks=1)
+    assert failed.returncode == 3
+    assert "oh" in failed.stderr
+
+
+def test_its_surroundings(session, tmp_path):
+    found = ray.mpi_run(["sh", "-c", "pwd; echo $OF_MINE"], ranks=1, cwd=tmp_path, env={"OF_MINE": "yes"})
+    assert found.stdout.splitlines() == [str(tmp_path), "yes"]
+    with pytest.raises(TypeError, match="list of words"):
+        ray.mpi_run("ls -l", ranks=1)
+    with pytest.raises(ValueError, match="has room for 6"):
+        ray.mpi_run(["ls"], ranks=7)
+    with pytest.raises(ConfigurationError, match="too many"):
+        ray.mpi_run(["ls"], ranks=100_000, num_cpus=0)
+
+
+@pytest.mark.parametrize("force", [False, True])
+def test_a_cancelled_program_ends(session, tmp_path, eventually, force):
+    script = f"echo $$ > {tmp_path}/pid.tmp; mv {tmp_path}/pid.tmp {tmp_path}/pid; exec sleep 1000"
+    reference = ray.mpi_run.remote(["sh", "-c", script], ranks=1)
+    pid = int(eventually((tmp_path / "pid").exists, "the program runs") and (tmp_path / "pid").read_text())
+    ray.cancel(reference, force=force)
+    with pytest.raises(TaskCancelledError):
+        ray.get(reference)
+    eventually(lambda: gone(pid), "the program ends with its task")
+
+
+# ------------------------------------------------------------------ sessions
+
+
+IDLE = """
+import os, time
+import hpc_ray as ray
+ray.init(num_cpus=2, _system_config={"gang_idle_s": 0.2})
+@ray.remote(mpi_ranks=2)
+def pid():
+    ray.mpi_comm().barrier()
+    return os.getpid()
+first = ray.get(pid.remote())
+deadline = time.monotonic() + 30
+while any(os.path.exists(f"/proc/{one}") for one in first):
+    assert time.monotonic() < deadline, "idle ranks stay"
+    time.sleep(0.01)
+print("gone", not set(first) & set(ray.get(pid.remote())))
+"""
+
+
+@pytest.mark.usefixtures("no_leaks")
+def test_idle_ranks_leave_in_order(tmp_path):
+    done = subprocess.run([sys.executable, "-P", "-c", IDLE], capture_output=True, text=True, timeout=100, check=False)
+    assert (done.returncode, done.stdout) == (0, "gone True\n"), done.stderr
+    assert done.stderr == ""
+
+
+IN_A_WORLD = """
+import hpc_ray as ray
+ray.init()
+@ray.remote(mpi_ranks=2, num_cpus=0)
+def node():
+    return ray.mpi_comm().allreduce(1), ray.get_runtime_context().get_node_id()
+strategies = [ray.util.scheduling_strategies.NodeAffinitySchedulingStrategy(n["NodeID"], soft=False) for n in ray.nodes()]
+found = ray.get([node.options(scheduling_strategy=one).remote() for one in strategies])
+for ranks, strategy in zip(found, strategies):
+    print(ranks == [(2, strategy.node_id)] * 2)
+"""
+
+
+@pytest.mark.usefixtures("no_leaks")
+def test_gangs_on_the_nodes_of_a_launched_world(tmp_path):
+    program = tmp_path / "program.py"
+    program.write_text(IN_A_WORLD)
+    command = [sys.executable, "-P", "-m", "hpc_ray.launcher.cli", "run", "--nodes", "2", str(program)]
+    line = world.mpirun_command(MPIRUN, 2, command, passed=())
+    environment = world.under_root(dict(os.environ))
+    done = subprocess.run(line, capture_output=True, text=True, timeout=100, check=False, env=environment)
+    assert (done.returncode, done.stdout) == (0, "True\nTrue\n"), done.stderr
