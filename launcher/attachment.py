@@ -61,7 +61,10 @@ class Attachment:
         self._mutex = threading.Lock()
         channel.let_go_in_forks(connection)
         self.lane = segment.open_lane(lane_index)
-        channel.send_note(connection, {"address": self.lane.address, "pid": os.getpid(), "kind": int(kind)})
+        try:
+            channel.send_note(connection, {"address": self.lane.address, "pid": os.getpid(), "kind": int(kind)})
+        except OSError:
+            pass  # the node has just died; whoever reads the connection next finds why
 
     def handshake(self, timeout_s: float, build: str = "") -> None:
         """ProcessStarted to the raylet, and its Welcome.
