@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+from pathlib import Path
+
 import pytest
 from click.testing import CliRunner
 
@@ -145,6 +148,19 @@ def test_times_that_slurm_takes(time):
 )
 def test_the_mpi_of_srun_follows_the_library(library, offered, chosen):
     assert job.mpi_type(library, offered) == chosen
+
+
+def test_templates_are_batch_scripts():
+    """bash can read them, and each starts ranks by srun as its last act."""
+    found = sorted(Path(job.__file__).with_name("templates").glob("*.sbatch"))
+    assert [path.name for path in found] == ["array.sbatch", "one_node.sbatch", "several_nodes.sbatch"]
+    for path in found:
+        lines = path.read_text().splitlines()
+        assert lines[0] == "#!/bin/bash" and lines[-1].startswith("exec srun ")
+        assert subprocess.run(["bash", "-n", str(path)], capture_output=True).returncode == 0
+        head = [number for number, line in enumerate(lines) if line.startswith("#SBATCH")]
+        first_command = next(number for number, line in enumerate(lines) if line and not line.startswith("#"))
+        assert max(head) < first_command, "sbatch stops reading options at the first command"
 
 
 # ------------------------------------------------------------------ command lines
