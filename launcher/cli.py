@@ -88,8 +88,11 @@ _LOOKING = ("list", "get", "summary", "logs", "timeline", "dashboard")
 
 @click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__, prog_name="hpc-ray")
-def cli() -> None:
+@click.pass_context
+def cli(context: click.Context) -> None:
     """Ray's programming model for MPI and Slurm machines."""
+    if context.invoked_subcommand == "submit":
+        context.default_map = {"submit": submission.site_defaults()}
 
 
 # ------------------------------------------------------------------ run

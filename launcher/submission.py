@@ -15,6 +15,7 @@ from typing import Any
 
 import click
 
+from hpc_ray.config import site_table
 from hpc_ray.exceptions import ConfigurationError
 from hpc_ray.slurm import commands, job, scheduler
 from hpc_ray.slurm.commands import JobState
@@ -55,6 +56,20 @@ _OPTIONS = (
     click.option("--command", default="", help="hpc-ray on the nodes.  [default: this one]"),
     click.option("--run-option", "run_options", multiple=True, metavar="OPTION", help="For `hpc-ray run`; may be repeated."),
 )
+
+
+def site_defaults() -> dict[str, Any]:
+    """Defaults of ``submit``'s options, from the table [submit] of the site's file.
+
+    Raises:
+        ConfigurationError: it has a key that is not an option; names file and key.
+    """
+    path, table = site_table("submit")
+    known = sorted(str(parameter.name) for parameter in submit.params if isinstance(parameter, click.Option))
+    for key in table:
+        if key not in known:
+            raise ConfigurationError(f"{path}: [submit] has {key!r}, which is not an option. The options are: {', '.join(known)}")
+    return table
 
 
 def _options(command: Any) -> Any:
