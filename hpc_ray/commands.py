@@ -6,12 +6,14 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import sys
 import threading
 from typing import Any
 
 import click
 
 from hpc_ray import observation, session
+from hpc_ray.launcher import submission
 from hpc_ray.util import state
 from hpc_ray.util.state.common import DEFAULT_LIMIT, DEFAULT_TIMEOUT_S
 from hpc_ray.util.state.sources import SOURCES
@@ -117,20 +119,22 @@ def summary_command(kind: str, form: str, timeout: float, address: str | None) -
 
 
 @click.command("logs")
-@click.argument("filename", required=False)
+@click.argument("filename", metavar="[FILENAME | JOB]", required=False)
 @click.option("--actor-id", help="What this actor's process has printed.")
 @click.option("--task-id", help="What the process that ran this task has printed.")
 @click.option("--pid", type=int, help="What this worker of the node has printed.")
 @click.option("--node-id", help="The node (default: the head).")
 @click.option("--err", is_flag=True, help="stderr instead of stdout.")
 @click.option("--tail", type=int, default=-1, help="Only the last so many lines.")
-@click.option("--follow", is_flag=True, help="Go on with what is printed later.")
+@click.option("-f", "--follow", is_flag=True, help="Go on with what is printed later.")
 @_timeout
 @_address
 def logs_command(
     filename: str | None, node_id: str | None, err: bool, tail: int, follow: bool, timeout: float, address: str | None, **by: Any
 ) -> None:
-    """Show a log, or with nothing to find one by, the names of a node's log files."""
+    """Show a log, or what a Slurm job has printed; with nothing to find one by, the names of a node's log files."""
+    if filename is not None and submission.is_job(filename):
+        sys.exit(submission.show_logs(filename, follow=follow, tail=tail))
     _client(address)
     wanted = {name: value for name, value in {"filename": filename, **by}.items() if value is not None}
     if node_id is None and not (by["actor_id"] or by["task_id"]):

@@ -7,6 +7,7 @@ the result travels to every process of it.
 from __future__ import annotations
 
 import os
+import sys
 from typing import Any
 
 import msgspec
@@ -18,8 +19,50 @@ DEFAULT_SETUP_TIMEOUT_S = 600  # for a runtime environment that does not say ano
 RUNTIME_ENV_VARIABLE = "HPC_RAY_RUNTIME_ENV"  # JSON of StartWorker.runtime_env, in a worker that starts
 
 
+CONFIG_VARIABLE = "HPC_RAY_CONFIG"  # a file; empty: none
+CONFIG_NAME = "hpc_ray.toml"
+_TABLES = ("settings", "submit")
+
+
+def site_file() -> str:
+    """The file of site defaults: that of HPC_RAY_CONFIG, else ./hpc_ray.toml, else ~/.config/hpc_ray.toml; "" if there is none."""
+    named = os.environ.get(CONFIG_VARIABLE)
+    if named is not None:
+        return named
+    for path in (CONFIG_NAME, os.path.expanduser(f"~/.config/{CONFIG_NAME}")):
+        if os.path.isfile(path):
+            return path
+    return ""
+
+
+def site_table(name: str) -> tuple[str, dict[str, Any]]:
+    """The site's file and one of its tables, ``settings`` or ``submit``; both empty where there is no file.
+
+    Raises:
+        ConfigurationError: the file cannot be read, or has something else in it; names file and key.
+    """
+    path = site_file()
+    if not path:
+        return "", {}
+    if sys.version_info >= (3, 11):
+        import tomllib
+    else:
+        import tomli as tomllib
+    try:
+        with open(path, "rb") as file:
+            tables = tomllib.load(file)
+    except OSError as error:
+        raise ConfigurationError(f"{path} ({CONFIG_VARIABLE}) cannot be read: {error.strerror}") from None
+    except tomllib.TOMLDecodeError as error:
+        raise ConfigurationError(f"{path} is not TOML: {error}") from None
+    for key, value in tables.items():
+        if key not in _TABLES or not isinstance(value, dict):
+            raise ConfigurationError(f"{path}: {key!r} is not known; there are the tables [settings] and [submit]")
+    return path, tables.get(name, {})
+
+
 class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """Tunables. Each can be set by ``HPC_RAY_<NAME>`` or ``init(_system_config={...})``."""
+    """Tunables. Each can be set in [settings] of hpc_ray.toml, by ``HPC_RAY_<NAME>`` or ``init(_system_config={...})``."""
 
     inline_bytes: int = 64 * 1024  # results and arguments up to this size travel in messages
     ring_bytes: int = 64 * 1024  # memory of one lane between two processes
@@ -42,12 +85,20 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
 
     @classmethod
     def from_environment(cls, overrides: dict[str, Any] | None = None) -> Settings:
-        """Defaults, then ``HPC_RAY_*``, then ``overrides``.
+        """Defaults, then the site's file, then ``HPC_RAY_*``, then ``overrides``.
 
         Raises:
             ConfigurationError: a value has the wrong type, or an override has no such name.
         """
-        values: dict[str, Any] = {}
+        path, values = site_table("settings")
+        known = ", ".join(field.name for field in msgspec.structs.fields(cls))
+        for name in values:
+            if name not in cls.__struct_fields__:
+                raise ConfigurationError(f"{path}: [settings] has {name!r}, which is not a setting. The settings are: {known}")
+        try:
+            msgspec.convert(values, cls, strict=False)
+        except msgspec.ValidationError as error:
+            raise ConfigurationError(f"{path}: [settings]: {error}") from None
         for field in msgspec.structs.fields(cls):
             text = os.environ.get(ENVIRONMENT_PREFIX + field.name.upper())
             if text is not None:
@@ -56,7 +107,6 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
         try:
             settings = msgspec.convert(values, cls, strict=False)
         except msgspec.ValidationError as error:
-            known = ", ".join(field.name for field in msgspec.structs.fields(cls))
             raise ConfigurationError(f"bad setting: {error}. The settings are: {known}") from None
         folder = settings.object_spilling_directory
         if folder and not os.path.isabs(folder):

@@ -1,4 +1,4 @@
-"""The command line: ``hpc-ray run``, ``start``, ``stop``, ``status``; and the way to those of ``hpc_ray.commands``.
+"""The command line: ``hpc-ray run``, ``start``, ``stop``, ``status``; and the way to those of ``submission`` and ``hpc_ray.commands``.
 
 ``run`` is two things. Outside of an MPI job it starts one (mpirun, this program in each rank) and stays as its supervisor; inside
 of one it is a rank. The exit code is the script's in both.
@@ -26,7 +26,7 @@ from hpc_ray import as_ray as as_ray_module
 from hpc_ray.config import Settings
 from hpc_ray.exceptions import RayError
 from hpc_ray.ids import GCS_ADDRESS
-from hpc_ray.launcher import channel, local, session, world
+from hpc_ray.launcher import channel, local, session, submission, world
 from hpc_ray.protocol import UNIT, Answer, ProcessLeaving, Query, decode, encode
 from hpc_ray.version import __version__
 
@@ -88,8 +88,11 @@ _LOOKING = ("list", "get", "summary", "logs", "timeline", "dashboard")
 
 @click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"]})
 @click.version_option(__version__, prog_name="hpc-ray")
-def cli() -> None:
+@click.pass_context
+def cli(context: click.Context) -> None:
     """Ray's programming model for MPI and Slurm machines."""
+    if context.invoked_subcommand == "submit":
+        context.default_map = {"submit": submission.site_defaults()}
 
 
 # ------------------------------------------------------------------ run
@@ -288,9 +291,12 @@ def stop(name: str | None, force: bool) -> None:
 
 
 @cli.command()
-@click.argument("name", metavar="[SESSION]", required=False)
+@click.argument("name", metavar="[SESSION | JOB]", required=False)
 def status(name: str | None) -> None:
-    """Show nodes and resources of a session (default: the one of HPC_RAY_ADDRESS, else the newest)."""
+    """Show nodes and resources of a session (default: the one of HPC_RAY_ADDRESS, else the newest), or how a Slurm job is."""
+    if name is not None and submission.is_job(name):
+        submission.show_status(name)
+        return
     attachment = local.attach(name or "auto", build=__version__)
     try:
         click.echo(f"session {attachment.config.session}")
@@ -327,6 +333,10 @@ def _ask(attachment: Any, name: str, **arguments: Any) -> Any:
                     _fail(message.error)
                 return message.value
     _fail("the GCS did not answer within 10 s")
+
+
+cli.add_command(submission.submit)
+cli.add_command(submission.cancel)
 
 
 def main() -> None:

@@ -43,6 +43,7 @@ from hpc_ray.protocol import (
     decode,
     encode,
 )
+from hpc_ray.slurm import signals
 from hpc_ray.worker_log import OutputSplitter
 
 WORKER_VARIABLE = "HPC_RAY_WORKER"  # pid of the worker, in the environment of what it starts
@@ -144,7 +145,11 @@ class ForkServer:
         self._wake_read = wake_read
         signal.set_wakeup_fd(self._wake_write, warn_on_full_buffer=False)
         signal.signal(signal.SIGCHLD, lambda *_: None)
-        signal.signal(signal.SIGTERM, lambda *_: self.end("SIGTERM"))
+        self.drains = signals.in_job() and not self.detached  # whoever holds us decides (SIGNAL-1)
+        if self.drains:
+            signals.ignore()
+        else:
+            signal.signal(signal.SIGTERM, lambda *_: self.end("SIGTERM"))
         self._watch(wake_read, self._on_wake)
 
         self.listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)
@@ -310,9 +315,11 @@ class ForkServer:
         if os.getppid() != parent:
             os._exit(1)
         signal.set_wakeup_fd(-1)
-        for number in (signal.SIGCHLD, signal.SIGTERM, signal.SIGPIPE):
-            signal.signal(number, signal.SIG_DFL if number != signal.SIGPIPE else signal.SIG_IGN)
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+        if not self.drains:
+            signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        for number in (signal.SIGPIPE, signal.SIGINT):
+            signal.signal(number, signal.SIG_IGN)
         _kept.append((self._poll, self.control, self.listener, list(self._clients.values())))
         for connection in (
             self.control,

@@ -10,6 +10,8 @@ import os
 import re
 import socket
 
+VISIBLE_GPUS = "CUDA_VISIBLE_DEVICES"
+
 _CGROUP = "/sys/fs/cgroup"
 
 
@@ -52,15 +54,48 @@ def cpu_count() -> int:
         quota, period = _read(f"{folder}/cpu.cfs_quota_us"), _read(f"{folder}/cpu.cfs_period_us")
         if quota.isdigit() and period.isdigit() and int(quota) > 0:
             count = min(count, int(quota) / int(period))
-    slurm = os.environ.get("SLURM_CPUS_ON_NODE", "")
-    if slurm.isdigit():
-        count = min(count, int(slurm))
+    granted = granted_cpus()
+    if granted is not None:
+        count = min(count, granted)
     return max(1, math.ceil(count))
 
 
-def all_cpus() -> set[int]:
-    """For sched_setaffinity: every CPU; the kernel clips it to the cpuset."""
+def granted_cpus(environment: dict[str, str] | None = None) -> int | None:
+    """How many CPUs of this host Slurm gave to the job or step; None outside of Slurm."""
+    number = (os.environ if environment is None else environment).get("SLURM_CPUS_ON_NODE", "")
+    return int(number) if number.isdigit() and int(number) else None
+
+
+def cpuset() -> set[int]:
+    """CPUs that our cgroup lets us use; every CPU of the machine where it does not say."""
+    for folder in _cgroup_folders("cpuset"):
+        for name in ("cpuset.cpus.effective", "cpuset.effective_cpus", "cpuset.cpus"):
+            found = cpu_list(_read(f"{folder}/{name}"))
+            if found:
+                return found
     return set(range(os.sysconf("SC_NPROCESSORS_CONF")))
+
+
+def cpu_list(text: str) -> set[int]:
+    """The kernel's way to write CPUs, like "0-3,8"; empty if it is not that."""
+    found: set[int] = set()
+    for part in text.split(","):
+        first, dash, last = part.strip().partition("-")
+        if not first.isdigit() or (dash and not last.isdigit()):
+            return set()
+        found.update(range(int(first), int(last or first) + 1))
+    return found
+
+
+def widened(bound: set[int], allowed: set[int], granted: int | None) -> set[int]:
+    """CPUs for a node whose ranks were bound to ``bound``: all that this job was given here, and none of another job's.
+
+    ``allowed`` is the cgroup's cpuset. Outside of Slurm (``granted`` None) it is ours. In Slurm it is, where it has no more CPUs than
+    were granted; a larger one is shared with other jobs, and then the binding is all that says which CPUs are ours.
+    """
+    if granted is None or len(allowed) <= granted:
+        return allowed
+    return bound
 
 
 def _memory_limits() -> list[tuple[int, int]]:
@@ -86,16 +121,32 @@ def memory_bytes() -> tuple[int, int]:
     for limit, usage in _memory_limits():
         total = min(total, limit)
         available = min(available, max(0, limit - usage))
-    slurm = os.environ.get("SLURM_MEM_PER_NODE", "")
-    if slurm.isdigit() and int(slurm):
-        total = min(total, int(slurm) << 20)
+    granted = granted_memory()
+    if granted:
+        total = min(total, granted)
         available = min(available, total)
     return total, available
 
 
+def granted_memory(environment: dict[str, str] | None = None) -> int:
+    """Bytes of this host's memory that Slurm gave to the job; 0 where it does not say (or gave all)."""
+    source = os.environ if environment is None else environment
+
+    def number(name: str) -> int:
+        text = source.get(name, "")
+        return int(text) if text.isdigit() else 0
+
+    megabytes = number("SLURM_MEM_PER_NODE")
+    if not megabytes:
+        megabytes = number("SLURM_MEM_PER_CPU") * number("SLURM_CPUS_ON_NODE")
+    if not megabytes:
+        megabytes = number("SLURM_MEM_PER_GPU") * number("SLURM_GPUS_ON_NODE")
+    return megabytes << 20
+
+
 def gpu_ids() -> list[str]:
     """What CUDA_VISIBLE_DEVICES names, else the GPUs of /proc/driver/nvidia."""
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    visible = os.environ.get(VISIBLE_GPUS)
     if visible is not None:
         ids = []
         for word in visible.split(","):
@@ -111,6 +162,11 @@ def gpu_ids() -> list[str]:
         except OSError:
             count = 0
     return [str(i) for i in range(count)]
+
+
+def joined(visible: list[str]) -> str:
+    """What several ranks of a host see of its GPUs, each once, in the order of the ranks."""
+    return ",".join(dict.fromkeys(word for text in visible for word in text.split(",") if word.strip()))
 
 
 def gpu_model() -> str:

@@ -47,6 +47,7 @@ from hpc_ray.protocol import (
     decode,
     encode,
 )
+from hpc_ray.slurm import signals
 from hpc_ray.spilling import ObjectFiles
 from hpc_ray.transport import PeerLost, TransferEnded
 
@@ -109,6 +110,10 @@ class Rank:
         self.place = world.discover() or world.Rank(0, 1, 0, "no launcher")
         self.driver = 0  # pid
         self.driver_status: int | None = None
+        self.early_signal = 0  # that came before there was a link
+        if signals.in_job():
+            for number in signals.DRAINING:
+                signal.signal(number, self.on_early_signal)
         self.report: socket.socket | None = None
         self.node_process: NodeProcess | None = None
         self.watchdog = Watchdog()
@@ -117,6 +122,10 @@ class Rank:
             f"rank {self.place.rank}: the world of {self.place.size} ranks was not up after "
             f"{self.settings.start_timeout_s:g} s (HPC_RAY_START_TIMEOUT_S)",
         )
+
+    def on_early_signal(self, number: int, frame: Any) -> None:
+        """For an MPI worker: nothing, rank 0 decides; for the others, kept until they can act on it."""
+        self.early_signal = number
 
     # -- before MPI
 
@@ -164,7 +173,7 @@ class Rank:
             variables = session.scrubbed_environment()
             variables[world.CONTROL_VARIABLE] = f"{os.getpid()}:{theirs.fileno()}"
             theirs.set_inheritable(True)
-            for number in (signal.SIGINT, signal.SIGTERM, signal.SIGPIPE):
+            for number in (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1, signal.SIGPIPE):
                 signal.signal(number, signal.SIG_DFL)
             os.execve(sys.executable, [sys.executable, *self.plan["script"]], variables)
         except BaseException:
@@ -220,6 +229,8 @@ class Rank:
             "build": _build(),
             "protocol": VERSION,
             "python": sys.version.split()[0],
+            "cpus": sorted(os.sched_getaffinity(0)),
+            "gpus": os.environ.get(host.VISIBLE_GPUS),
         }
         self.ranks: list[dict[str, Any]] = self.world.allgather(mine)
         for key, name in (("build", "hpc_ray"), ("protocol", "the protocol of hpc_ray"), ("python", "Python")):
@@ -249,14 +260,27 @@ class Rank:
         """Brings this rank's node up, if it leads one."""
         name = self.world.bcast(session.new_name(self.plan["tag"]) if self.place.rank == 0 else None)
         self.session = name
-        self.restore_affinity = self.place.launcher != "srun"
-        if self.restore_affinity:
-            os.sched_setaffinity(0, host.all_cpus())
+        self.unbind()
         if not 0 <= self.node < self.nodes:
             return None
         session.sweep()
         here = [r for r in self.leaders[: self.nodes] if self.ranks[r]["host"] == self.ranks[self.place.rank]["host"]]
         return self.bring_up(len(here), here.index(self.place.rank), self.plan["options"])
+
+    def unbind(self) -> None:
+        """Launchers bind ranks to cores and GPUs; the node, its workers and the driver may use all that was granted on this host."""
+        name = socket.gethostname()
+        here = [other for other in self.ranks if other["host"] == name]
+        bound = set().union(*(other["cpus"] for other in here))
+        self.cpus = host.widened(bound, host.cpuset(), host.granted_cpus())
+        if all(other["gpus"] is not None for other in here):
+            os.environ[host.VISIBLE_GPUS] = host.joined([other["gpus"] for other in here])
+        os.sched_setaffinity(0, self.cpus)
+        if self.driver:
+            try:
+                os.sched_setaffinity(self.driver, self.cpus)
+            except OSError:
+                pass  # it has ended; watch() sees that
 
     def bring_up(self, share: int, share_index: int, options: dict[str, Any]) -> Attachment:
         """Starts this rank's node and attaches to it. Raises LaunchError, ConfigurationError."""
@@ -279,7 +303,7 @@ class Rank:
             **options,
         )
         _, lock = session.make_dir(name, self.node)
-        self.node_process.configure(config, lock, restore_affinity=self.restore_affinity)
+        self.node_process.configure(config, lock, cpus=self.cpus)
         self.node_process.wait_ready()
         return connect(name, self.node, kind=ProcessKind.LINK, lane_index=LINK_LANE, handshake=False)
 
@@ -435,10 +459,14 @@ class Link:
         self.gone: set[int] = set()  # nodes without life, whether their link lives or not
         self.standby = list(range(rank.nodes, len(rank.leaders)))  # node 0: who can still be told to start
         self.awaited: dict[int, tuple[str, int]] = {}  # node 0: node → (what is awaited of it, the request's number)
+        self.drains = signals.in_job()  # the end comes with the driver's (SIGNAL-1)
         if rank.control is not None:
             rank.control.setblocking(False)
-        self.signalled = False
-        signal.signal(signal.SIGTERM, lambda *_: self.on_signal())
+        self.signalled = 0  # the signal that has come
+        for number in signals.DRAINING if self.drains else (signal.SIGTERM,):
+            signal.signal(number, self.on_signal)
+        if rank.early_signal:
+            self.signalled = rank.early_signal
         if attachment is not None:
             self.adopt(attachment)
 
@@ -641,15 +669,18 @@ class Link:
 
     # -- the neighbourhood
 
-    def on_signal(self) -> None:
-        self.signalled = True
-        self.lane.wake()
+    def on_signal(self, number: int, frame: Any) -> None:
+        self.signalled = number
+        if self.lane is not None:
+            self.lane.wake()
 
     def watch(self) -> None:
         if self.signalled and not self.stopping:
+            number, self.signalled = self.signalled, 0
             if self.rank.driver and self.rank.driver_status is None:
-                os.kill(self.rank.driver, signal.SIGTERM)
-            self.stop("SIGTERM", code=143)
+                os.kill(self.rank.driver, number)
+            if not self.drains:
+                self.stop("SIGTERM", code=143)
         if self.rank.driver and self.rank.driver_status is None:
             pid, status = os.waitpid(self.rank.driver, os.WNOHANG)
             if pid:

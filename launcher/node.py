@@ -1,6 +1,6 @@
 """Entry of a node process: ``python -P -m hpc_ray.launcher.node FD [ROLES]``.
 
-FD is one end of ``channel.pair()``; whoever holds the other end sends ``{"config", "detached", "restore_affinity"}`` with the
+FD is one end of ``channel.pair()``; whoever holds the other end sends ``{"config", "detached", "cpus"}`` with the
 descriptor of the folder's lock, gets ``{"ready"}`` or ``{"error"}``, and keeps the end open for as long as the node shall live.
 ROLES (JSON, for tests) names other entry points than the real ones, as "module:function".
 """
@@ -20,7 +20,7 @@ from typing import Any
 
 from hpc_ray import _core
 from hpc_ray.config import decode_config
-from hpc_ray.launcher import channel, host, session
+from hpc_ray.launcher import channel, session
 from hpc_ray.launcher.fork_server import ForkServer
 
 ROLES = {
@@ -52,8 +52,8 @@ def main(arguments: list[str]) -> int:
         os.environ[session.SESSION_VARIABLE] = config.session
         os.environ[session.NODE_VARIABLE] = str(config.node)
         os.environ.update(config.environment)
-        if note.get("restore_affinity"):  # mpirun binds its ranks, and so would have bound all our workers
-            os.sched_setaffinity(0, host.all_cpus())
+        if note.get("cpus"):  # launchers bind their ranks, and so would have bound all our workers
+            os.sched_setaffinity(0, note["cpus"])
         server = ForkServer(config, control, lock, load, roles, detached=bool(note.get("detached")))
         server.start()
         importlib.import_module(roles["worker"].partition(":")[0])

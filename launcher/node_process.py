@@ -64,8 +64,8 @@ def node_config(
         ids = host.gpu_ids()
         mine = ids[len(ids) * share_index // share : len(ids) * (share_index + 1) // share]
         gpus = float(len(mine))
-        if share > 1 and ids:
-            environment.setdefault("CUDA_VISIBLE_DEVICES", ",".join(mine))
+        if ids and (share > 1 or host.VISIBLE_GPUS in os.environ):  # the node's process may have been started seeing fewer
+            environment.setdefault(host.VISIBLE_GPUS, ",".join(mine))
     else:
         gpus = float(num_gpus)
     store = int(object_store_memory) if object_store_memory else int(available * _STORE_FRACTION) // share
@@ -143,11 +143,11 @@ class NodeProcess:
             )
         theirs.close()
 
-    def configure(self, config: NodeConfig, lock: int, *, detached: bool = False, restore_affinity: bool = False) -> None:
-        """Says what the node is; ``lock`` is closed here. ``wait_ready`` comes next."""
+    def configure(self, config: NodeConfig, lock: int, *, detached: bool = False, cpus: set[int] | None = None) -> None:
+        """Says what the node is and which CPUs it may use (None: those it has); ``lock`` is closed here. ``wait_ready`` comes next."""
         self.session, self.node, self.folder = config.session, config.node, config.session_dir
         self._timeout_s = config.settings.start_timeout_s
-        note = {"config": encode_config(config), "detached": detached, "restore_affinity": restore_affinity}
+        note = {"config": encode_config(config), "detached": detached, "cpus": sorted(cpus or ())}
         try:
             channel.send_note(self.control, note, (lock,))
         except OSError:

@@ -37,6 +37,7 @@ def own_world() -> Iterator[Path]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv(MARK, f"{os.getpid()}-{time.time_ns()}")
         patch.setenv("TMPDIR", str(folder))
+        patch.setenv("HPC_RAY_CONFIG", "")  # no file of this user's or site's
         for name in ("HPC_RAY_ADDRESS", "RAY_ADDRESS"):
             patch.delenv(name, raising=False)
         yield folder

@@ -15,6 +15,7 @@ from hpc_ray.client import context
 from hpc_ray.client.client import Client
 from hpc_ray.config import RUNTIME_ENV_VARIABLE, NodeConfig
 from hpc_ray.protocol import ProcessKind, Shutdown
+from hpc_ray.slurm import signals
 from hpc_ray.worker.environment import Environment, without_ranks
 from hpc_ray.worker.executor import Executor
 from hpc_ray.worker.output import name_streams
@@ -39,7 +40,10 @@ def main(segment: Segment, config: NodeConfig, token: int, *, entered: bool = Fa
 
 
 def _live(segment: Segment, config: NodeConfig, token: int, entered: bool) -> int:
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    if signals.in_job():
+        signals.put_off()
+    else:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
     setproctitle("hpc_ray::idle")
     name_streams()
     lane = segment.open_lane()

@@ -1,0 +1,179 @@
+"""A Slurm job that runs a script as the driver of a cluster, and the batch script that says so. Pure.
+
+``launcher.submission`` fills a ``Job`` from options and the site's file; the text is also meant to be read and kept.
+"""
+
+from __future__ import annotations
+
+import re
+import shlex
+from dataclasses import dataclass
+
+from hpc_ray.exceptions import ConfigurationError
+
+DRAIN_CODE = 138  # 128 + SIGUSR1: the script was ended because its time is nearly over
+OUTPUT = "hpc-ray-%j.out"
+ARRAY_OUTPUT = "hpc-ray-%A_%a.out"
+
+_TIME = re.compile(r"\d+(:\d{1,2}){0,2}|\d+-\d{1,2}(:\d{1,2}){0,2}|UNLIMITED|INFINITE", re.IGNORECASE)
+_MEMORY = re.compile(r"\d+[KMGT]?B?", re.IGNORECASE)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Job:
+    """What is asked of Slurm, in Slurm's own words: each field is the option of sbatch of that name, where there is one."""
+
+    script: str
+    arguments: tuple[str, ...] = ()
+    run_options: tuple[str, ...] = ()  # of ``hpc-ray run``
+    job_name: str = ""  # "": the script's name
+    nodes: int = 1
+    ntasks: int | None = None
+    ntasks_per_node: int | None = None  # with neither this nor ntasks: one, which leads its node
+    cpus_per_task: int | None = None
+    gpus_per_node: str = ""  # "4" or "a100:4"
+    mem: str = ""  # of each node
+    time: str = ""
+    partition: str = ""
+    account: str = ""
+    qos: str = ""
+    constraint: str = ""
+    array: str = ""
+    dependency: str = ""
+    output: str = ""
+    error: str = ""
+    exclusive: bool = False
+    requeue: bool = False  # after preemption, a lost node, or when the time is nearly over
+    signal_s: int = 60  # the script gets SIGUSR1 so many seconds before the end; 0: not
+    lines: tuple[str, ...] = ()  # more #SBATCH lines
+    setup: tuple[str, ...] = ()  # lines of shell before the start: modules, a virtual environment
+    container: str = ""  # what runs a command inside the container, such as "apptainer exec image.sif"
+    mpi: str = ""  # srun's --mpi; "": Slurm's default
+    command: str = "hpc-ray"
+
+    @property
+    def tasks(self) -> int:
+        """How many ranks there will be."""
+        return self.ntasks if self.ntasks is not None else self.nodes * (self.ntasks_per_node or 1)
+
+
+def check(job: Job) -> None:
+    """What can be known to be wrong without asking Slurm.
+
+    Raises:
+        ConfigurationError: names the option, what it is and what it may be.
+    """
+    for name in ("nodes", "ntasks", "ntasks_per_node", "cpus_per_task"):
+        number = getattr(job, name)
+        if number is not None and number < 1:
+            raise ConfigurationError(f"--{name.replace('_', '-')} must be at least 1, it is {number}")
+    if job.signal_s < 0:
+        raise ConfigurationError(f"--signal-s must not be negative, it is {job.signal_s}")
+    if job.ntasks is not None and job.ntasks < job.nodes:
+        raise ConfigurationError(f"{job.nodes} nodes need at least as many tasks, but --ntasks is {job.ntasks}")
+    if job.time and not _TIME.fullmatch(job.time):
+        raise ConfigurationError(f"--time {job.time!r} is not minutes, MM:SS, HH:MM:SS, D-HH, D-HH:MM or D-HH:MM:SS")
+    if job.mem and not _MEMORY.fullmatch(job.mem):
+        raise ConfigurationError(f"--mem {job.mem!r} is not a number with K, M, G or T behind it, like 64G; 0 is a whole node's")
+    for name in ("job_name", "partition", "account", "qos", "constraint", "array", "dependency", "output", "error", "gpus_per_node"):
+        if "\n" in getattr(job, name):
+            raise ConfigurationError(f"--{name.replace('_', '-')} must be one line")
+    for line in job.lines:
+        if "\n" in line or not line.startswith("-"):
+            raise ConfigurationError(f"--sbatch {line!r} is not an option of sbatch, like --sbatch=--reservation=course")
+
+
+def directives(job: Job) -> list[str]:
+    """The options of sbatch, as they stand behind ``#SBATCH``."""
+    name = job.job_name or re.sub(r"\.py$", "", job.script.rpartition("/")[2])
+    options: list[tuple[str, object]] = [
+        ("job-name", name),
+        ("nodes", job.nodes),
+        ("ntasks", job.ntasks),
+        ("ntasks-per-node", job.ntasks_per_node or (1 if job.ntasks is None else None)),
+        ("cpus-per-task", job.cpus_per_task),
+        ("gpus-per-node", job.gpus_per_node),
+        ("mem", job.mem),
+        ("time", job.time),
+        ("partition", job.partition),
+        ("account", job.account),
+        ("qos", job.qos),
+        ("constraint", job.constraint),
+        ("array", job.array),
+        ("dependency", job.dependency),
+        ("output", job.output or (ARRAY_OUTPUT if job.array else OUTPUT)),
+        ("error", job.error),
+    ]
+    lines = [f"--{option}={_quoted(str(value))}" for option, value in options if value not in (None, "")]
+    if job.exclusive:
+        lines.append("--exclusive")
+    if job.signal_s:
+        lines.append(f"--signal=USR1@{job.signal_s}")
+    lines += ["--requeue", "--open-mode=append"] if job.requeue else ["--no-requeue"]
+    return [*lines, *job.lines]
+
+
+def _quoted(value: str) -> str:
+    """As sbatch reads a line: it knows double quotes and backslashes."""
+    if not re.search(r"[\s\"'\\#]", value):
+        return value
+    return '"' + value.replace("\\", "\\\\").replace('"', '\\"') + '"'
+
+
+def srun_command(job: Job) -> str:
+    """The line of the batch script that starts the ranks."""
+    words = ["srun", "--kill-on-bad-exit=1"]
+    if job.mpi:
+        words.append(f"--mpi={job.mpi}")
+    if job.cpus_per_task is not None:
+        words.append(f"--cpus-per-task={job.cpus_per_task}")
+    line = shlex.join(words)
+    if job.container:
+        line += f" {job.container}"
+    return f"{line} {shlex.join([*shlex.split(job.command), 'run', *job.run_options, job.script, *job.arguments])}"
+
+
+def batch_script(job: Job) -> str:
+    """The whole script. It also works by hand: ``sbatch FILE``.
+
+    Raises:
+        ConfigurationError: as ``check``.
+    """
+    check(job)
+    lines = ["#!/bin/bash", "# Written by `hpc-ray submit`. Each task is a rank; the lowest of a host leads its node, rank 0 the script."]
+    lines += [f"#SBATCH {directive}" for directive in directives(job)]
+    lines.append("")
+    lines += job.setup
+    if job.requeue:
+        lines += [
+            srun_command(job),
+            "code=$?",
+            f"# {DRAIN_CODE}: ended by SIGUSR1, as the time is nearly over; the same job once more, from the script's last checkpoint.",
+            f'if [ "$code" -eq {DRAIN_CODE} ]; then scontrol requeue "$SLURM_JOB_ID"; fi',
+            'exit "$code"',
+        ]
+    else:
+        lines.append(f"exec {srun_command(job)}")
+    return "\n".join(lines) + "\n"
+
+
+def mpi_type(library: str, offered: list[str]) -> str:
+    """srun's ``--mpi`` for what ``MPI_Get_library_version`` says and ``srun --mpi=list`` offers; "": leave it to Slurm.
+
+    Open MPI talks PMIx; MPICH and its relatives PMI-2, on a Cray the site's own.
+    """
+    if "Open MPI" in library:
+        wanted = ["pmix"]
+    elif "CRAY MPICH" in library.upper():
+        wanted = ["cray_shasta", "pmi2"]
+    elif any(name in library for name in ("MPICH", "MVAPICH", "Intel")):
+        wanted = ["pmi2"]
+    else:
+        wanted = []
+    for name in wanted:
+        if name in offered:
+            return name
+        versions = sorted(other for other in offered if other.startswith(f"{name}_v"))
+        if versions:
+            return versions[-1]
+    return ""
