@@ -14,7 +14,7 @@ SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: demo test test-core test-mpi test-mpich test-python stress lint links docs conformance bench bench-engines clean help
+.PHONY: demo test test-core test-mpi test-mpich test-python stress lint links docs conformance conformance-plain conformance-mpi bench bench-engines clean help
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -197,8 +197,12 @@ docs: $(VENV)/.installed
 
 # Programs whose results on Ray 2.60 are the expected ones: with plain python, and on two nodes over MPI.
 CONFORM = $(TIMED) $(BIN)/python tests/conformance/runner.py check --engine hpc_ray $(CONFORMANCE_ARGS)
-conformance: $(VENV)/.libraries $(VENV)/.installed
+conformance: conformance-plain conformance-mpi
+
+conformance-plain: $(VENV)/.libraries $(VENV)/.installed
 	$(CONFORM)
+
+conformance-mpi: $(VENV)/.libraries $(VENV)/.installed
 	$(CONFORM) --without one_node --launch '$(CURDIR)/$(BIN)/mpirun -n 4 --map-by slot:OVERSUBSCRIBE $(CURDIR)/$(BIN)/hpc-ray run --nodes 2'
 
 clean:
