@@ -110,7 +110,8 @@ def test_killed_with_three_nodes(victim):
         _, errors = process.communicate(timeout=workloads.PATIENCE_S)
         if victim == "mpirun":
             assert process.returncode == 1
-            assert "LocalRayletDiedError" in errors
+            # Its workers may be seen to die before the node is.
+            assert "LocalRayletDiedError" in errors or "whoever started this node has closed it" in errors, errors
         workloads.eventually(lambda: workloads.Traces.now().beyond(before), [], timeout_s=20)  # noqa: B023
 
 
