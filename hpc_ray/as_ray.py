@@ -7,7 +7,6 @@ and in all workers. ``ray.x.y`` is the very module ``hpc_ray.x.y``, so classes a
 from __future__ import annotations
 
 import importlib
-import importlib.abc
 import importlib.machinery
 import importlib.util
 import os
@@ -31,8 +30,9 @@ _PRIVATE = {
 }
 
 
-class _Finder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
-    """Finds ``ray`` and all below it."""
+class _Finder:
+    """Finds and loads ``ray`` and all below it. Without the base classes of ``importlib.abc``, which imports tempfile, hashlib and
+    more: every program that imports hpc_ray would pay for that."""
 
     def find_spec(self, fullname: str, path: Sequence[str] | None, target: Any = None) -> importlib.machinery.ModuleSpec | None:
         head, _, rest = fullname.partition(".")
@@ -45,7 +45,7 @@ class _Finder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
             )
         if rest and not _is_made_here(rest) and importlib.util.find_spec(f"hpc_ray.{rest}") is None:
             return None
-        return importlib.machinery.ModuleSpec(fullname, self, is_package=True)
+        return importlib.machinery.ModuleSpec(fullname, self, is_package=True)  # type: ignore[arg-type]
 
     def create_module(self, spec: importlib.machinery.ModuleSpec) -> types.ModuleType:
         _, _, rest = spec.name.partition(".")
