@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import os
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from itertools import pairwise
 from typing import Any
 
@@ -120,6 +120,14 @@ class Attempt(msgspec.Struct):
     resources: Resources = {}
     group_id: bytes = b""
     runtime_env: str = ""
+
+    def parts(self) -> Iterator[tuple[str, int, int]]:
+        """What a timeline shows within an attempt that was started: name, start, end."""
+        yield "task:deserialize_arguments", self.started, self.called or self.ended
+        if self.called:
+            yield "task:execute", self.called, self.returned or self.ended
+        if self.returned:
+            yield "task:store_outputs", self.returned, self.ended
 
 
 class Activity:
@@ -283,8 +291,14 @@ def trace_events() -> list[dict[str, Any]]:
     return events
 
 
+_COLORS = {
+    "task:deserialize_arguments": "rail_load",
+    "task:execute": "rail_animation",
+    "task:store_outputs": "rail_idle",
+}
+
+
 def _events(attempt: Attempt) -> Iterable[dict[str, Any]]:
-    where, started, called, returned, ended = attempt.where, attempt.started, attempt.called, attempt.returned, attempt.ended
     arguments = {
         "name": attempt.name,
         "task_id": attempt.task_id.hex(),
@@ -295,13 +309,9 @@ def _events(attempt: Attempt) -> Iterable[dict[str, Any]]:
     }
     if attempt.state == "FAILED":
         arguments["error_type"] = attempt.error_type
-    yield _event(f"task::{attempt.name}", attempt.function, where, started, ended, "generic_work", arguments)
-    loaded = called or ended
-    yield _event("task:deserialize_arguments", "", where, started, loaded, "rail_load", {})
-    if called:
-        yield _event("task:execute", "", where, called, returned or ended, "rail_animation", {})
-    if returned:
-        yield _event("task:store_outputs", "", where, returned, ended, "rail_idle", {})
+    yield _event(f"task::{attempt.name}", attempt.function, attempt.where, attempt.started, attempt.ended, "generic_work", arguments)
+    for name, start, end in attempt.parts():
+        yield _event(name, "", attempt.where, start, end, _COLORS[name], {})
 
 
 def _event(

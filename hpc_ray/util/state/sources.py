@@ -243,18 +243,13 @@ def _spans_of(attempt: Attempt) -> dict[str, Any]:
     where = attempt.where
     if where is None or not (attempt.started and attempt.ended):
         return {}
-    loaded = attempt.called or attempt.ended
-    spans = [("task:deserialize_arguments", attempt.started, loaded)]
-    if attempt.called:
-        spans.append(("task:execute", attempt.called, attempt.returned or attempt.ended))
-    if attempt.returned:
-        spans.append(("task:store_outputs", attempt.returned, attempt.ended))
     return {
         "component_type": "worker",
         "component_id": where.worker_id,
         "node_ip_address": where.ip,
         "events": [
-            {"event_name": name, "start_time": start / 1e6, "end_time": end / 1e6, "extra_data": {}} for name, start, end in spans
+            {"event_name": name, "start_time": start / 1e6, "end_time": end / 1e6, "extra_data": {}}
+            for name, start, end in attempt.parts()
         ],
     }
 
