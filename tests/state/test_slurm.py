@@ -193,14 +193,14 @@ FAILED = (
     "Nice=0 Account=(null) QOS=(null) JobState=FAILED Reason=NonZeroExitCode Dependency=(null) Requeue=1 Restarts=0 BatchFlag=1 "
     "ExitCode=3:0 RunTime=00:00:07 TimeLimit=UNLIMITED TimeMin=N/A StartTime=2026-11-21T11:09:19 "
     "ReqNodeList=(null) ExcNodeList=(null) NodeList=node1 BatchHost=node1 CPUs/Task=1 ReqB:S:C:T=0:0:*:* "
-    "WorkDir=/work StdErr=/dev/null StdIn=/dev/null StdOut=/work/a b.out Power= \n"
+    "WorkDir=/home/ann StdErr=/dev/null StdIn=/dev/null StdOut=/home/ann/a b.out Power= \n"
 )
 
 
 def test_scontrol_is_read():
     (state,) = commands.read_scontrol(FAILED)
     assert state == JobState(
-        "8_1", "FAILED", "NonZeroExitCode", 3, 0, "node1", "00:00:07", "", "2026-11-21T11:09:19", "/work/a b.out", "my job"
+        "8_1", "FAILED", "NonZeroExitCode", 3, 0, "node1", "00:00:07", "", "2026-11-21T11:09:19", "/home/ann/a b.out", "my job"
     )
     assert state.exit_code == 3 and not state.active
     assert state.describe() == "job 8_1 FAILED (NonZeroExitCode) on node1 for 00:00:07 exit code 3"
