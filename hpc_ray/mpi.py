@@ -7,14 +7,12 @@ All of its ranks are on one node.
 from __future__ import annotations
 
 import os
-import subprocess
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 from hpc_ray.api import cancel, get
 from hpc_ray.client import context
 from hpc_ray.client.refs import ObjectRef
-from hpc_ray.launcher import steps
 from hpc_ray.options import check_task
 from hpc_ray.remote_function import RemoteFunction
 
@@ -82,6 +80,10 @@ class MPIRun:
 
 def _run(command: list[str], ranks: int, variables: dict[str, str], folder: str | None) -> MPIResult:
     """The task."""
+    import subprocess
+
+    from hpc_ray.launcher import steps
+
     client = context.client
     assert client is not None
     pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}

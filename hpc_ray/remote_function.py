@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import functools
-import hashlib
 import inspect
 import sys
 from collections.abc import Callable
@@ -43,6 +42,8 @@ def export(target: Any, name: str, what: str) -> Function:
             f"Could not serialize the {what} {name}: {error}. The part at fault: {where}. "
             "Create it inside the function, or pass something that can be pickled."
         ) from error
+    import hashlib  # brings OpenSSL
+
     return Function(hashlib.sha1(blob, usedforsecurity=False).digest()[:16], blob, name)
 
 

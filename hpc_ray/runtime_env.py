@@ -5,7 +5,6 @@ Relied on by programs, which may as well give a plain dict, and by ``packing``, 
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import pathlib
@@ -379,6 +378,8 @@ class RuntimeEnv(dict):
     def _uri(self, kind: str) -> str | None:
         if kind not in self:
             return None
+        import hashlib  # brings OpenSSL
+
         return f"{kind}://{hashlib.sha1(json.dumps(self[kind], sort_keys=True).encode()).hexdigest()}"
 
     def pip_config(self) -> dict[str, Any]:

@@ -22,7 +22,6 @@ from hpc_ray.config import Settings
 from hpc_ray.exceptions import LaunchError, LocalRayletDiedError, RayError
 from hpc_ray.ids import GCS_ADDRESS, raylet_address
 from hpc_ray.job_config import JobConfig
-from hpc_ray.launcher import local, world
 from hpc_ray.packing import check, packed
 from hpc_ray.protocol import (
     UNIT,
@@ -142,6 +141,8 @@ def init(
         OSError: the dashboard's port is taken.
     """
     global _attachment
+    from hpc_ray.launcher import local, world  # what starts clusters is imported where one is started
+
     with _lock:
         if context.client is not None:
             if ignore_reinit_error:
@@ -332,6 +333,8 @@ def _set_resources(
 
 
 def _attach(address: str) -> Any:
+    from hpc_ray.launcher import local
+
     try:
         return local.attach(address, build=__version__)
     except LaunchError as error:

@@ -29,7 +29,8 @@ NOT_IMPORTED = {
     "torch", "cupy", "mpi4py", "numpy", "asyncio", "concurrent.futures", "multiprocessing", "sqlite3", "psutil", "rich", "click",
     "matplotlib", "sklearn", "pandas", "starlette", "uvicorn",
     "hpc_ray.gcs", "hpc_ray.raylet", "hpc_ray.worker", "hpc_ray.simulator", "hpc_ray.transport.mpi", "hpc_ray.dashboard",
-    "hpc_ray.commands", "hpc_ray.util.state",
+    "hpc_ray.commands", "hpc_ray.util.state", "hpc_ray.launcher.local", "hpc_ray.launcher.world", "hpc_ray.uploads",
+    "subprocess", "hashlib", "tempfile", "shutil",
 }  # fmt: skip
 
 
