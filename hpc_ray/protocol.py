@@ -162,6 +162,7 @@ class ActorInfo(msgspec.Struct, frozen=True, array_like=True, gc=False):
     class_name: str = ""
     name: str = ""
     namespace: str = ""
+    stopping: bool = False  # all handles that own it are gone: it takes no more calls, and DEAD follows
 
 
 class NodeInfo(msgspec.Struct, frozen=True, array_like=True):

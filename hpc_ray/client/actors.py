@@ -118,7 +118,7 @@ class ActorLink:
         self.max_pending = max_pending
         self.pending = 0  # calls without a reply; while there are any they hold ``scope`` (ACTOR-3)
         self.scope: Entry | None = None
-        self.doomed = False  # this process has killed it for good: nothing but its death is news
+        self.doomed = False  # it takes no more calls: nothing but its death is news
         self.watchers: list[Callable[[RayError], None]] = []  # told, under the lock, when the process is gone
 
     @property
@@ -331,6 +331,9 @@ class ActorSubmitter:
         if link is None or (info.state != ActorState.DEAD and (link.doomed or info.attempt < link.attempt)):
             return
         link.info = info
+        if info.stopping and info.state != ActorState.DEAD:
+            self.doom(link)
+            return
         if info.state in (ActorState.DEAD, ActorState.RESTARTING) and link.address:
             self.client.hear_last_words(link.address)  # its replies come another way than this
         if info.state == ActorState.ALIVE:
@@ -403,12 +406,15 @@ class ActorSubmitter:
                 link.state = ActorState.RESTARTING
                 link.address = 0
 
+    def doom(self, link: ActorLink) -> None:
+        """Calls made from now on wait for the news of its death, and fail, instead of reaching it before its end does."""
+        link.doomed = True
+        link.state = ActorState.RESTARTING
+
     def kill(self, actor_id: bytes, no_restart: bool) -> None:
-        """Calls made after this one fail: they wait for the news of its death instead of reaching it before the signal does."""
         link = self.links.get(actor_id)
         if link is not None and no_restart and link.state != ActorState.DEAD:
-            link.doomed = True
-            link.state = ActorState.RESTARTING
+            self.doom(link)
         self.client.send(GCS_ADDRESS, KillActor(actor_id, no_restart))
 
     def cancel(self, task: Task, force: bool, recursive: bool) -> None:

@@ -269,6 +269,7 @@ class Actors(Part):
         actor.record.stopping = True
         self._free_name(actor)
         self._save(actor, "out of scope")
+        self._publish(actor)
         self._stop(actor, "all handles to it are gone", force=False)
 
     def _stop(self, actor: Actor, reason: str, *, force: bool = True) -> None:
@@ -426,6 +427,7 @@ class Actors(Part):
             spec.class_name,
             spec.name,
             spec.namespace,
+            record.stopping,
         )
 
     def query_list_actors(self) -> list[dict[str, Any]]:

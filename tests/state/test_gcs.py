@@ -335,7 +335,8 @@ def test_out_of_scope_ends_after_its_calls():
     address = gcs.begin()
     gcs.tell(p.ActorOutOfScope(ID))
     assert [m.force for m in gcs.take(p.StopActor)] == [False]
-    assert gcs.info().state == ActorState.ALIVE
+    assert (gcs.info().state, gcs.info().stopping) == (ActorState.ALIVE, True)
+    assert gcs.take(p.ActorUpdate)[-1].info.stopping, "whoever has a handle makes no more calls"
     gcs.tell(p.GetNamedActor(1, "x", ""))
     assert gcs.take(p.NamedActor)[0].handle == b""
     gcs.die(address, p.DeathCause("EXITED"))
