@@ -191,7 +191,7 @@ def connect(
     try:
         config = decode_config(note["config"])
         segment = _core.Segment.attach(descriptors[0])
-    except (msgspec.ValidationError, ValueError) as error:
+    except (msgspec.ValidationError, ValueError, TypeError, KeyError) as error:
         connection.close()
         raise LaunchError(f"session {session_name!r} was made by another version of hpc_ray ({error})") from None
     finally:

@@ -341,18 +341,22 @@ class Client:
 
     def dispatch(self, batch: list[tuple[int, bytes]]) -> None:
         """Handle messages. Under ``drain``."""
-        handlers = self.handlers
         batch.reverse()
         with self.lock:
             self._batch = batch
-            while batch:
-                source, data = batch.pop()
-                try:
-                    message = decode(data)
-                    handlers[type(message)](source, message)
-                except Exception:
-                    print(f"hpc_ray: a message from process {source:#x} could not be handled:", file=sys.stderr)
-                    traceback.print_exc()
+            self._handle(batch)
+
+    def _handle(self, batch: list[tuple[int, bytes]]) -> None:
+        """From the last to the first; a handler may take out some of those that follow."""
+        handlers = self.handlers
+        while batch:
+            source, data = batch.pop()
+            try:
+                message = decode(data)
+                handlers[type(message)](source, message)
+            except Exception:
+                print(f"hpc_ray: a message from process {source:#x} could not be handled:", file=sys.stderr)
+                traceback.print_exc()
 
     def run_callbacks(self) -> None:
         """What the messages want called. Under no lock and not under ``drain``: a callback may itself wait."""
@@ -544,11 +548,7 @@ class Client:
         batch.reverse()
         batch += self._batch
         self._batch[:] = [item for item in batch if item[0] != address]
-        words = [item for item in batch if item[0] == address]
-        while words:
-            _, data = words.pop()
-            last = decode(data)
-            self.handlers[type(last)](address, last)
+        self._handle([item for item in batch if item[0] == address])
 
     def _on_node_died(self, source: int, message: NodeDied) -> None:
         self.dead_nodes.add(message.node)
