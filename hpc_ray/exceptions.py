@@ -129,6 +129,21 @@ class GangError(RayError):
         )
 
 
+class MPIError(RayError, RuntimeError):
+    """An MPI call failed in a rank of a gang: what mpi4py's exception said, for processes in which importing mpi4py would start MPI.
+
+    ``error_class`` is the class of the MPI standard, as of ``MPI.Exception.Get_error_class()``. With ``peer_failed`` it says no more than
+    that another rank has ended."""
+
+    def __init__(self, text: str = "", error_class: int = 0, peer_failed: bool = False):
+        super().__init__(text, error_class, peer_failed)
+        self.error_class = error_class
+        self.peer_failed = peer_failed
+
+    def __str__(self) -> str:
+        return str(self.args[0])
+
+
 class UserCodeException(RayError):
     """User code outside of a task raised, for instance a callback."""
 

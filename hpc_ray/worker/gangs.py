@@ -5,7 +5,8 @@ cancelled, retried and listed as any other task. The worker that it is given, th
 (``launcher.steps``), sends each the call as it came, and returns what they return. The ranks are processes of the node like others:
 arguments and results travel through lanes and arena, and never through the leader's heap on the way in.
 
-GANG-1 (answered): each rank's call is answered by its reply or by its end; the first failure is the gang's.
+GANG-1 (answered): each rank's call is answered by its reply or by its end; the first failure is the gang's. That another rank has ended,
+as MPI tells a rank, is no failure yet: the news of that end follows, with who it was.
 GANG-2 (clean): the ranks of a step serve another call only if all of them have returned from this one; after any failure, the
 leader ends the step, and the next call gets a new one.
 GANG-3 (a failure is not waited for): when a rank has failed, the others are interrupted, and have ``gang_grace_s`` to come back.
@@ -27,7 +28,7 @@ from hpc_ray.client.objects import ERROR
 from hpc_ray.client.records import now_ns
 from hpc_ray.client.refs import ObjectRef
 from hpc_ray.client.tasks import Function, Task, Template
-from hpc_ray.exceptions import GangError, RayError, TaskCancelledError
+from hpc_ray.exceptions import GangError, MPIError, RayError, TaskCancelledError
 from hpc_ray.ids import TaskID
 from hpc_ray.launcher.steps import Rank, Step
 from hpc_ray.protocol import CancelTask, PushTask, TaskReply, UseLease
@@ -69,6 +70,7 @@ class Call:
         self.waiter = Waiter(step.size)  # done when all have answered, or one has failed
         self.settled = Waiter(step.size)  # done when all have answered
         self.failure: RayError | None = None
+        self.hearsay: RayError | None = None  # a rank's word that another one has failed
         self.tasks: list[Task] = []
         self.references: list[ObjectRef] = []
 
@@ -81,8 +83,13 @@ class Call:
         """A rank's part is over."""
         del self.client.tasks.tasks[task.id]
         if error is not None and self.failure is None and not task.cancelled:
-            self.failure = error if isinstance(error, RayError) else RayError(str(error))
-            self.waiter.finish()
+            failure = error if isinstance(error, RayError) else RayError(str(error))
+            cause = getattr(error, "cause", None)
+            if isinstance(cause, MPIError) and cause.peer_failed:
+                self.hearsay = self.hearsay or failure
+            else:
+                self.failure = failure
+                self.waiter.finish()
         self.waiter.one()
         self.settled.one()
 
@@ -148,8 +155,9 @@ class Gangs:
                 self._wait(call)
             finally:
                 call.close()
-            if call.failure is not None:
-                raise GangFailed(call.failure)
+            failure = call.failure or call.hearsay
+            if failure is not None:
+                raise GangFailed(failure)
             values = self.client.get_many(call.references, None)
         except BaseException:
             step.end()

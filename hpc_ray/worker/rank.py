@@ -23,7 +23,7 @@ from setproctitle import setproctitle
 from hpc_ray import _core
 from hpc_ray.client import context
 from hpc_ray.client.client import Client
-from hpc_ray.exceptions import LaunchError
+from hpc_ray.exceptions import LaunchError, MPIError
 from hpc_ray.launcher import channel, session, world
 from hpc_ray.launcher.attachment import connect
 from hpc_ray.launcher.steps import RANK_VARIABLE
@@ -44,6 +44,10 @@ class RankExecutor(Executor):
         context.gang = context.Gang(world.rank, world.size, world.Dup())
         try:
             return super().call(task, args, kwargs)
+        except self.mpi.Exception as error:
+            error_class = error.Get_error_class()
+            failure = MPIError(str(error), error_class, error_class == getattr(self.mpi, "ERR_PROC_FAILED", -1))
+            raise failure.with_traceback(error.__traceback__) from None
         finally:
             context.gang = None
 

@@ -15,7 +15,7 @@ pytest.importorskip("mpi4py", reason="mpi4py is not installed")
 import numpy as np
 
 import hpc_ray as ray
-from hpc_ray.exceptions import ConfigurationError, GangError, LaunchError, RayTaskError, TaskCancelledError
+from hpc_ray.exceptions import ConfigurationError, GangError, LaunchError, MPIError, RayTaskError, TaskCancelledError
 from hpc_ray.launcher import world
 
 try:
@@ -220,6 +220,41 @@ def test_a_rank_that_ends_takes_its_gang_along_only(session, gate, how):
     if OPEN_MPI:  # MPICH's mpirun ends all at once, and any may be seen first
         assert caught.value.rank == 1
     assert len(ray.get(added.remote(np.ones(1)))) == 3
+
+
+def test_a_rank_that_has_heard_of_an_end_does_not_answer_for_it(session, gate):
+    """MPI may tell a rank of another's end before anyone else hears of it. The gang's error names the one that ended."""
+
+    @ray.remote(mpi_ranks=2)
+    def told_first():
+        if ray.mpi_comm().rank == 0:
+            gate.arrive("told")
+            raise MPIError("MPI_ERR_PROC_FAILED: Process Failure", 75, True)
+        gate.await_arrivals(1, "told")
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    with pytest.raises(GangError, match=r"rank 1 of 2" if OPEN_MPI else ""):
+        ray.get(told_first.remote())
+
+    @ray.remote(mpi_ranks=2)
+    def only_told():
+        if ray.mpi_comm().rank == 0:
+            raise MPIError("MPI_ERR_PROC_FAILED: Process Failure", 75, True)
+
+    with pytest.raises(MPIError, match="Process Failure"):
+        ray.get(only_told.remote())
+
+
+def test_an_error_of_mpi_travels_without_mpi(session):
+    @ray.remote(mpi_ranks=2)
+    def sends_nowhere():
+        ray.mpi_comm().send(None, dest=99)
+
+    with pytest.raises(MPIError, match="rank") as caught:
+        ray.get(sends_nowhere.remote())
+    assert isinstance(caught.value, RayTaskError) and "sends_nowhere[rank" in str(caught.value)
+    assert caught.value.error_class and not caught.value.peer_failed
+    assert "dest=99" in str(caught.value), "the traceback ends in the user's code"
 
 
 def test_a_gang_can_be_repeated(session, gate):
