@@ -81,17 +81,19 @@ class MPIRun:
 def _run(command: list[str], ranks: int, variables: dict[str, str], folder: str | None) -> MPIResult:
     """The task."""
     import subprocess
+    import time
 
     from hpc_ray.launcher import steps
 
     client = context.client
     assert client is not None
     pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    began = time.time()
     process = steps.start(ranks, command, client.config, variables, cwd=folder, text=True, errors="replace", **pipes)
     try:
         out, err = process.communicate()
     finally:
-        steps.end(process)
+        steps.end(process, began)
     return MPIResult(process.returncode, out, err)
 
 

@@ -120,6 +120,7 @@ class ForkServer:
         self.config = config
         self.control: socket.socket | None = control
         self.lock = lock
+        self._began = time.time()
         self.detached = detached
         self._load = load
         self._entries = roles
@@ -613,6 +614,7 @@ class ForkServer:
         if self._code == 0:
             self._notify({"ended": self._reason})
         session.remove_files(self._files)
+        session.remove_abandoned(self._began)
         session.remove_dir(self.config.spill_dir)
         session.remove_dir(self.config.session_dir)
         os.close(self.lock)

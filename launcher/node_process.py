@@ -13,6 +13,7 @@ import os
 import socket
 import subprocess
 import sys
+import time
 
 from hpc_ray.config import NodeConfig, Settings, encode_config
 from hpc_ray.exceptions import ConfigurationError, LaunchError
@@ -121,6 +122,7 @@ class NodeProcess:
         """Starts it; it loads its modules and waits for ``configure``."""
         self.session = ""
         self.node = 0
+        self._began = time.time()
         self.folder = ""
         self.control, theirs = channel.pair()
         channel.let_go_in_forks(self.control)
@@ -206,6 +208,7 @@ class NodeProcess:
             self.process.wait()
         if was_running or self.process.returncode < 0:
             session.kill_leftovers(self.session, str(self.node), self.process.pid)
+            session.remove_abandoned(self._began)
         if self.folder:
             session.remove_dir(self.folder)  # gone already where it ended in order
         self.control.close()

@@ -15,7 +15,7 @@ import shutil
 import signal
 import stat
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 
 from hpc_ray.exceptions import LaunchError
 
@@ -30,8 +30,12 @@ _LAUNCHER_PREFIXES = (
     "MPIEXEC_", "I_MPI_", "MV2_COMM", "HPC_RAY_LAUNCH_",
 )  # fmt: skip
 _KEPT = ("OMPI_ALLOW_RUN_AS_ROOT", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM")
+_MOMENT = "session_%Y-%m-%d_%H-%M-%S"  # how the names of sessions begin
+_MOMENT_ENDS = len("session_2026-01-31_23-59-59")
 _GRACE_S = 60.0
 SHARED_MEMORY = "/dev/shm/"
+_MPI_FILES = ("sm_segment.", "vader_segment.", "open_mpi.", "mpich_shm_", "ucx_shm_")  # how names there begin
+_MAP_S = 0.05  # between the making of such a file and its mapping, at most
 
 
 def scrubbed_environment(environment: dict[str, str] | None = None) -> dict[str, str]:
@@ -51,8 +55,8 @@ def new_name(tag: str = "") -> str:
     step = os.environ.get("SLURM_STEP_ID", "")
     where = f"_job{job}.{step}" if job else ""
     now = time.time()
-    moment = time.strftime("%Y-%m-%d_%H-%M-%S", time.localtime(now))
-    return f"session_{moment}_{int(now % 1 * 1e6):06d}{where}_{tag or secrets.token_hex(4)}"
+    moment = time.strftime(_MOMENT, time.localtime(now))
+    return f"{moment}_{int(now % 1 * 1e6):06d}{where}_{tag or secrets.token_hex(4)}"
 
 
 def base_dir() -> str:
@@ -121,23 +125,59 @@ def remove_files(paths: Iterable[str]) -> None:
 def shared_files(rank: int, *, everything: bool) -> list[str]:
     """Files of /dev/shm that MPI has mapped here: those of our rank (Open MPI ends their names with it), or ``everything``, for a rank
     without which there is no world."""
-    found = set()
-    with open("/proc/self/maps") as file:
-        for line in file:
-            path = line.rstrip("\n").partition(SHARED_MEMORY)[2]
-            if path and "(deleted)" not in path and (everything or path.endswith(f".{rank}")):
-                found.add(SHARED_MEMORY + path)
-    return sorted(found)
+    return sorted(path for path in _mapped("self") if everything or path.endswith(f".{rank}"))
+
+
+def remove_abandoned(since: float) -> list[str]:
+    """Removes files of this user in /dev/shm that an MPI library has made since then (``time.time()``) and that no process has mapped any
+    more: those of ranks that were killed, among them ranks that never told us of theirs. Their paths."""
+    candidates = _unmapped(set(_mpi_files(since)))
+    if candidates:
+        time.sleep(_MAP_S)
+        candidates = _unmapped(candidates)
+    remove_files(candidates)
+    return sorted(candidates)
+
+
+def _mpi_files(since: float) -> Iterator[str]:
+    for name in _entries(SHARED_MEMORY):
+        if name.startswith(_MPI_FILES):
+            try:
+                status = os.stat(SHARED_MEMORY + name)
+            except OSError:
+                continue
+            if status.st_uid == os.getuid() and status.st_ctime >= since:
+                yield SHARED_MEMORY + name
+
+
+def _unmapped(paths: set[str]) -> set[str]:
+    """Those that no process has mapped."""
+    left = set(paths)
+    for pid in _processes() if paths else ():
+        left -= _mapped(pid)
+    return left
+
+
+def _mapped(pid: int | str) -> set[str]:
+    """Files in /dev/shm that a process of ours has mapped."""
+    try:
+        with open(f"/proc/{pid}/maps") as file:
+            lines = [line.rstrip("\n").partition(SHARED_MEMORY)[2] for line in file]
+    except OSError:
+        return set()
+    return {SHARED_MEMORY + name for name in lines if name and "(deleted)" not in name}
 
 
 def sweep() -> list[str]:
     """Removes what dead sessions of this user left behind, processes first; the names of those sessions."""
     removed = []
+    since = time.time()
     base = base_dir()
     for session in _entries(base):
         for node in _entries(os.path.join(base, session)):
             path = os.path.join(base, session, node)
             if _is_stale(path):
+                since = min(since, _named_at(session))
                 try:
                     with open(os.path.join(path, "lock")) as file:
                         note = json.loads(file.read() or "{}")
@@ -154,6 +194,8 @@ def sweep() -> list[str]:
                 os.rmdir(os.path.join(base, session))
         except OSError:
             pass
+    if removed:
+        remove_abandoned(since)
     return removed
 
 
@@ -162,6 +204,14 @@ def _entries(path: str) -> list[str]:
         return sorted(os.listdir(path))
     except OSError:
         return []
+
+
+def _named_at(session: str) -> float:
+    """The moment in a session's name."""
+    try:
+        return time.mktime(time.strptime(session[:_MOMENT_ENDS], _MOMENT))
+    except ValueError:
+        return time.time()
 
 
 def _is_stale(path: str) -> bool:

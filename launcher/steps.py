@@ -49,8 +49,8 @@ def start(ranks: int, command: list[str], config: NodeConfig, variables: dict[st
         raise LaunchError(f"{mpirun.path} cannot be run: {error}") from None
 
 
-def end(process: subprocess.Popen) -> None:
-    """Ends a step that may be under way, and waits for its mpirun."""
+def end(process: subprocess.Popen, began: float) -> None:
+    """Ends a step that may be under way since ``began``, and waits for its mpirun."""
     try:
         if process.poll() is None:
             process.send_signal(signal.SIGTERM)
@@ -61,6 +61,8 @@ def end(process: subprocess.Popen) -> None:
         if process.poll() is None:
             process.kill()
             process.wait()
+        if process.returncode:
+            session.remove_abandoned(began)
 
 
 class Rank(NamedTuple):
@@ -86,6 +88,7 @@ class Step:
         self.ranks: list[Rank] = []
         listener, name = world.listen()
         text = json.dumps({**note, "control": name, "size": size, "session": config.session, "node": config.node})
+        self.began = time.time()
         self.process = start(size, command, config, {RANK_VARIABLE: text, **variables})
         try:
             with listener:
@@ -149,3 +152,5 @@ class Step:
                 with contextlib.suppress(OSError):
                     os.kill(rank.pid, signal.SIGKILL)
             session.remove_files(rank.files)
+        if self.process.returncode:
+            session.remove_abandoned(self.began)

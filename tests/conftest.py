@@ -82,6 +82,12 @@ def session_folders() -> set[str]:
     return {str(path) for path in base.glob("*/*")} if base.is_dir() else set()
 
 
+def shared_memory() -> set[str]:
+    """Files that an MPI library or we have made there; torch and multiprocessing keep their own."""
+    kinds = ("hpc_ray", "sm_segment.", "open_mpi.", "mpich_shm_", "ucx_shm_")
+    return {name for name in os.listdir("/dev/shm") if name.startswith(kinds)}
+
+
 def open_files() -> dict[int, str]:
     found = {}
     for name in os.listdir("/proc/self/fd"):
@@ -97,17 +103,19 @@ class Traces(NamedTuple):
 
     processes: set[Process]
     folders: set[str]
+    memory: set[str]
     files: dict[int, str]
 
     @classmethod
     def now(cls) -> Traces:
-        return cls(our_processes(), session_folders(), open_files())
+        return cls(our_processes(), session_folders(), shared_memory(), open_files())
 
     def beyond(self, before: Traces) -> list[str]:
         """In words, what is here and was not there. Processes are the same ones when pid and start are."""
         old = {process[:2] for process in before.processes}
         left = [f"process {process}" for process in self.processes if process[:2] not in old]
         left += [f"session folder {folder}" for folder in self.folders - before.folders]
+        left += [f"file in /dev/shm: {name}" for name in self.memory - before.memory]
         # The mapped memory of a node stays while anything refers to its session: test_session.py, test_memory_goes_…
         files = {fd: name for fd, name in self.files.items() if "memfd:hpc_ray " not in name}
         left += [f"open file {fd}: {name}" for fd, name in files.items() if before.files.get(fd) != name]
@@ -133,7 +141,7 @@ def _check_no_leaks(before: Traces) -> None:
 
 @pytest.fixture
 def no_leaks(own_world: Path) -> Iterator[None]:
-    """After the test: no process, zombie, session folder or open file that was not there before."""
+    """After the test: no process, zombie, session folder, shared memory or open file that was not there before."""
     before = Traces.now()
     yield
     _check_no_leaks(before)

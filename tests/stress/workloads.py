@@ -23,6 +23,7 @@ from hpc_ray.ids import raylet_address
 from hpc_ray.launcher import session
 
 ROUNDS = float(os.environ.get("HPC_RAY_STRESS", "1"))
+MEMORY = ("hpc_ray", "sm_segment.", "open_mpi.", "mpich_shm_", "ucx_shm_")  # files in /dev/shm: ours and MPI's
 MARK = "HPC_RAY_STRESS_MARK"  # in the environment of every process that comes from here
 os.environ.setdefault(MARK, uuid.uuid4().hex)
 PATIENCE_S = float(os.environ.get("HPC_RAY_STRESS_PATIENCE_S", "60"))  # before a wait counts as a hang
@@ -72,7 +73,7 @@ class Traces:
         base = session.base_dir()
         return cls(
             frozenset(os.listdir(base)) if os.path.isdir(base) else frozenset(),
-            frozenset(name for name in os.listdir("/dev/shm") if "hpc_ray" in name),
+            frozenset(name for name in os.listdir("/dev/shm") if name.startswith(MEMORY)),
             frozenset(processes),
             frozenset(zombies),
         )
