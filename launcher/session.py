@@ -95,7 +95,7 @@ def make_dir(session: str, node: int) -> tuple[str, int]:
             os.mkdir(path, 0o700)
             os.mkdir(os.path.join(path, "logs"), 0o700)
             lock = os.open(os.path.join(path, "lock"), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(lock, fcntl.LOCK_EX)  # it is new: none but a ``sweep`` that looks at it holds it, for an instant
             return path, lock
         except FileNotFoundError:  # a node that ended just now took the empty parent away
             continue

@@ -235,6 +235,26 @@ def test_stale_folders_are_swept_and_live_ones_are_not(tmp_path):
     assert not live.parent.exists()
 
 
+def test_a_folder_can_be_made_while_others_are_swept():
+    """Each rank of a launch sweeps, and makes its node's folder, while others do."""
+    over = threading.Event()
+
+    def sweep():
+        while not over.is_set():
+            session.sweep()
+
+    sweeper = threading.Thread(target=sweep)
+    sweeper.start()
+    try:
+        for _ in range(500):
+            path, lock = session.make_dir(session.new_name(), 0)
+            session.remove_dir(path)
+            os.close(lock)
+    finally:
+        over.set()
+        sweeper.join()
+
+
 def test_more_memory_than_there_is():
     with pytest.raises(ConfigurationError, match="was asked for, but the machine"):
         local.start_cluster(object_store_memory=1 << 50)
