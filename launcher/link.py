@@ -337,6 +337,7 @@ class Rank:
         except LaunchError as error:
             code = self._refuse(str(error))
             world.let_rank_zero_speak(self.place.rank)
+            session.remove_files(session.shared_files(self.place.rank, everything=True))  # there will be no world, and no Finalize
             return code
         problem, attachment = "", None
         try:
