@@ -270,9 +270,9 @@ def _leave(attachment: Any) -> None:
 @click.argument("name", metavar="[SESSION]", required=False)
 @click.option("-f", "--force", is_flag=True, help="Accepted for Ray's sake.")
 def stop(name: str | None, force: bool) -> None:
-    """End a session of this user on this host; without a name, all that were made by `hpc-ray start`."""
+    """End a session of this user on this host; without a name, all that were made by `hpc-ray start` (in a Slurm job, by this job)."""
     if name is None:
-        found = [other for other in dict.fromkeys(name for name, _ in session.running()) if local.is_detached(other)]
+        found = [other for other in session.of_our_job(name for name, _ in session.running()) if local.is_detached(other)]
     else:
         found = [name]
     if not found:

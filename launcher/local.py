@@ -20,7 +20,7 @@ from hpc_ray.launcher.node_process import NodeProcess, node_config
 def attach(address: str | None = "auto", *, build: str = "") -> Attachment:
     """Attaches to a running cluster of this user on this host.
 
-    ``address`` is a session's name or "auto": the one that HPC_RAY_ADDRESS names, else the newest.
+    ``address`` is a session's name or "auto": the one that HPC_RAY_ADDRESS names, else the newest (in a Slurm job the job's newest).
 
     Raises:
         LaunchError: none runs, or the node did not let us in.
@@ -30,12 +30,15 @@ def attach(address: str | None = "auto", *, build: str = "") -> Attachment:
         wanted = os.environ.get(session.ADDRESS_VARIABLE) or "auto"
     found = session.running()
     if wanted == "auto":
-        if not found:
+        ours = session.of_our_job(name for name, _ in found)
+        if not ours:
+            others = f" (others of this user do: {', '.join(sorted(dict(found)))})" if found else ""
+            whose = f"Slurm job {os.environ['SLURM_JOB_ID']}" if found else "user"
             raise LaunchError(
-                "no hpc_ray cluster of this user runs on this host; start one with `hpc-ray start`, or call init() "
+                f"no hpc_ray cluster of this {whose} runs on this host{others}; start one with `hpc-ray start`, or call init() "
                 "without an address"
             )
-        wanted = found[-1][0]
+        wanted = ours[-1]
     nodes = [node for name, node in found if name == wanted]
     if not nodes:
         known = ", ".join(sorted({name for name, _ in found})) or "none"

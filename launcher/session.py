@@ -15,7 +15,7 @@ import shutil
 import signal
 import stat
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 
 from hpc_ray.exceptions import LaunchError
 
@@ -318,6 +318,13 @@ def kill_leftovers(session: str, node: str = "", leader: int = 0) -> int:
                 pass
         time.sleep(0.01)
     return count
+
+
+def of_our_job(names: Iterable[str], environment: Mapping[str, str] | None = None) -> list[str]:
+    """Those of the sessions that this process may mean without naming them: in a Slurm job the job's own, elsewhere all. Each once, in
+    their order. A host may have several jobs of this user, which shall not meet (``new_name`` writes the job into the name)."""
+    job = (os.environ if environment is None else environment).get("SLURM_JOB_ID", "")
+    return [name for name in dict.fromkeys(names) if not job or f"_job{job}." in name]
 
 
 def running() -> list[tuple[str, int]]:

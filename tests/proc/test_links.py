@@ -19,7 +19,7 @@ pytest.importorskip("mpi4py", reason="mpi4py is not installed")
 
 from hpc_ray.config import Settings
 from hpc_ray.exceptions import ConfigurationError, LaunchError
-from hpc_ray.launcher import link, local, session, world
+from hpc_ray.launcher import local, session, world
 
 try:
     MPIRUN = world.find_mpirun()
@@ -435,35 +435,3 @@ def test_too_much_memory_for_virtual_nodes():
         local.start_cluster(num_nodes=2, object_store_memory=1 << 50, settings=Settings())
     with pytest.raises(ConfigurationError, match="too many for this host"):
         local.start_cluster(num_nodes=100_000)
-
-
-# ------------------------------------------------------------------ pure
-
-
-def test_leaders():
-    assert link.leaders(["a"] * 4, None) == [0]
-    assert link.leaders(["a"] * 4, 3) == [0, 1, 2]
-    assert link.leaders(["a", "a", "b", "b"], None) == [0, 2]
-    assert link.leaders(["a", "a", "b", "b"], 3) == [0, 2, 1]
-    with pytest.raises(LaunchError):
-        link.leaders(["a"], 2)
-    with pytest.raises(LaunchError):
-        link.leaders(["a", "b"], 1)
-
-
-def test_discover():
-    assert world.discover({}) is None
-    found = world.discover({"OMPI_COMM_WORLD_RANK": "3", "OMPI_COMM_WORLD_SIZE": "4", "OMPI_COMM_WORLD_LOCAL_RANK": "1"})
-    assert found == world.Rank(3, 4, 1, "Open MPI's mpirun")
-    found = world.discover({"PMI_RANK": "1", "PMI_SIZE": "2", "MPI_LOCALRANKID": "1"})
-    assert found == world.Rank(1, 2, 1, "MPICH's mpirun")
-    assert world.discover({"SLURM_PROCID": "0", "SLURM_JOB_ID": "5", "SLURM_NTASKS": "8"}) is None  # a batch script
-    slurm = {"SLURM_STEP_ID": "0", "SLURM_STEP_NUM_TASKS": "8", "SLURM_PROCID": "5", "SLURM_LOCALID": "1"}
-    assert world.discover(slurm) == world.Rank(5, 8, 1, "srun")
-
-
-def test_mpirun_command():
-    line = world.mpirun_command(world.MPIRun("/m/mpirun", "openmpi", (5, 0, 11)), 4, ["p"])
-    wanted = "/m/mpirun -n 4 --with-ft ulfm --map-by slot:OVERSUBSCRIBE --bind-to none -x HPC_RAY_LAUNCH_PLAN p"
-    assert " ".join(line) == wanted
-    assert world.mpirun_command(world.MPIRun("m", "mpich", (5,)), 2, ["p"], ["-v"]) == ["m", "-n", "2", "-v", "p"]

@@ -60,3 +60,29 @@ def test_gpus_of_several_ranks():
     assert host.joined(["0,1", "2,3"]) == "0,1,2,3"
     assert host.joined(["0", "0"]) == "0"  # a device cgroup each: every rank calls its own 0
     assert host.joined(["", ""]) == ""
+
+
+FIB_TRIE = """Main:
+  +-- 10.77.0.0/24 2 0 2
+     |-- 10.77.0.0
+        /24 link UNICAST
+     |-- 10.77.0.1
+        /32 host LOCAL
+     |-- 10.77.0.255
+        /32 link BROADCAST
+     +-- 127.0.0.0/31 1 0 0
+        |-- 127.0.0.0
+           /8 host LOCAL
+        |-- 127.0.0.1
+           /32 host LOCAL
+Local:
+     |-- 10.77.0.1
+        /32 host LOCAL
+     |-- 192.0.2.7
+        /32 host LOCAL
+"""
+
+
+def test_addresses_of_a_host_from_which_no_way_leads_out():
+    assert host.local_addresses(FIB_TRIE) == ["10.77.0.1", "192.0.2.7"]
+    assert host.local_addresses("") == []
