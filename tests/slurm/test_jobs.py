@@ -1,79 +1,86 @@
-"""Jobs on a real Slurm: submitted, followed, ended by signals. The hosts must see this Python and this folder."""
+"""Jobs by `hpc-ray submit`: followed, ended by signals, in arrays, after one another, and once more from where they were."""
 
 from __future__ import annotations
 
-import subprocess
-import sys
-from pathlib import Path
+import importlib.util
 
 import pytest
-
-from hpc_ray.slurm import scheduler
+from boxes import ROOT
+from slurm_programs import DRAINS, HOSTS, RESUMES
+from slurm_site import HPC_RAY, await_line
 
 pytestmark = [pytest.mark.slurm, pytest.mark.timeout(180)]
 
-HPC_RAY = str(Path(sys.executable).with_name("hpc-ray"))
 
-TWO_HOSTS = """
-import socket, sys
-import hpc_ray as ray
-ray.init()
-@ray.remote
-class Host:
-    def name(self): return socket.gethostname()
-hosts = [Host.options(num_cpus=1, scheduling_strategy="SPREAD").remote() for _ in range(2)]
-print("hosts", len(set(ray.get([host.name.remote() for host in hosts]))), flush=True)
-sys.exit(3)
-"""
-
-DRAINS = """
-import hpc_ray as ray, time
-ray.init()
-@ray.remote
-class Model:
-    def save(self): return "saved"
-model = Model.remote()
-ray.get(model.save.remote())
-try:
-    print("ready", flush=True)
-    time.sleep(1000)
-finally:
-    print(ray.get(model.save.remote()), flush=True)
-"""
-
-
-def submit(folder: Path, name: str, program: str, *options: str) -> subprocess.Popen:
-    script = folder / f"{name}.py"
-    script.write_text(program)
-    line = [HPC_RAY, "submit", "-N", "2", "-o", str(folder / f"{name}-%j.out"), *options, str(script)]
-    return subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=folder)
-
-
-def test_two_hosts_and_the_exit_code(shared):
-    child = submit(shared, "two_hosts", TWO_HOSTS)
-    out, err = child.communicate(timeout=120)
-    assert "hosts 2\n" in out, err
+def test_two_hosts_and_the_exit_code(slurm):
+    with slurm.submit(slurm.program("two_hosts", HOSTS), "-N", "2") as child:
+        out, err = child.communicate(timeout=120)
+    assert "hosts 2 " in out, err
     assert child.returncode == 3
     assert "FAILED" in err and "exit code 3" in err
 
 
 @pytest.mark.parametrize(("signal", "code"), [("", 143), ("USR1", 138)])
-def test_the_driver_drains(shared, signal, code):
-    child = submit(shared, f"drains{signal}", DRAINS)
-    number = child.stderr.readline().split()[-1]
-    while "ready" not in (line := child.stdout.readline()):
-        assert line, child.stderr.read()
-    scheduler.run(["scancel", *([f"--signal={signal}"] if signal else []), number])
-    out, err = child.communicate(timeout=120)
+def test_the_driver_drains(slurm, signal, code):
+    with slurm.submit(slurm.program(f"drains{signal}", DRAINS), "-N", "2") as child:
+        number = slurm.job_of(child)
+        await_line(child, "ready")
+        slurm.run("scancel", *([f"--signal={signal}"] if signal else []), number)
+        out, err = child.communicate(timeout=120)
     assert "saved\n" in out, err
     assert f"task 0: Exited with exit code {code}" in out
     assert child.returncode != 0
-    (state,) = scheduler.states(number)
+    (state,) = slurm.states(number)
     assert state.state == ("FAILED" if signal else "CANCELLED")
 
 
-def test_what_slurm_refuses_comes_with_what_there_is(shared):
-    child = submit(shared, "refused", "pass", "--partition", "no-such-partition")
-    out, err = child.communicate(timeout=60)
+def test_what_slurm_refuses_comes_with_what_there_is(slurm):
+    with slurm.submit(slurm.program("refused", "pass"), "--partition", "no-such-partition") as child:
+        out, err = child.communicate(timeout=60)
     assert (out, child.returncode) == ("", 1)
     assert "invalid partition" in err.lower() and "These partitions are there" in err
+
+
+@pytest.mark.skipif(importlib.util.find_spec("torch") is None, reason="torch is not installed (extra train)")
+def test_training_on_two_hosts(slurm):
+    """As a user would."""
+    script = str(ROOT / "examples" / "train_digits.py")
+    with slurm.submit(script, "-N", "2", "-c", "2", arguments=("--epochs", "1", "--workers", "2")) as child:
+        out, err = child.communicate(timeout=150)
+    assert child.returncode == 0, out + err
+    assert "2 workers" in out and "COMPLETED" in err, out + err
+
+
+def test_an_array_and_what_waits_for_it(slurm):
+    """Three clusters of one host each, and a job that starts when they have ended well."""
+    script = slurm.program("setting", "import os, hpc_ray as ray\nray.init()\nprint('setting', os.environ['SLURM_ARRAY_TASK_ID'])")
+    with slurm.submit(script, "--array", "1-3") as child:
+        number = slurm.job_of(child)
+        after = slurm.run(HPC_RAY, "submit", "--no-follow", "--dependency", f"afterok:{number}", slurm.program("after", "print('after')"))
+        out, err = child.communicate(timeout=100)
+    assert child.returncode == 0, err
+    assert sorted(line for line in out.splitlines() if "setting" in line) == [f"({number}_{task}) setting {task}" for task in (1, 2, 3)]
+    late = slurm.run(HPC_RAY, "logs", "-f", after.stdout.strip())
+    assert (late.stdout, late.returncode) == ("after\n", 0), late.stderr
+
+
+def test_a_dependency_that_fails_says_so(slurm):
+    first = slurm.run(HPC_RAY, "submit", "--no-follow", slurm.program("fails", "raise SystemExit(5)")).stdout.strip()
+    last = slurm.run(HPC_RAY, "submit", "--no-follow", "--dependency", f"afterok:{first}", slurm.program("never", "")).stdout.strip()
+    slurm.run(HPC_RAY, "logs", "-f", first)
+    told = slurm.run(HPC_RAY, "status", last).stdout
+    assert "DependencyNeverSatisfied: what it waits for has failed" in told or "(Dependency)" in told, told
+    assert slurm.run(HPC_RAY, "cancel", last).stdout == f"hpc-ray: cancelled job {last}\n"
+
+
+def test_the_end_of_the_time_and_the_same_job_again(slurm):
+    """SIGUSR1 before the limit: the script saves; the job is queued again and goes on from there."""
+    script = slurm.program("resumes", RESUMES)
+    options = ["-t", "1", "--signal-s", "60", "--requeue", "-N", "2"]
+    with slurm.submit(script, *options, arguments=(str(slurm.folder / "checkpoint"),)) as child:
+        number = slurm.job_of(child)
+        out, err = child.communicate(timeout=170)
+    assert child.returncode == 0, out + err
+    words = [line for line in out.splitlines() if line.startswith(("begins", "resumes", "done"))]
+    assert words == ["begins at 1", "resumes at 3", "done"], out + err
+    assert slurm.states(number)[0].state == "COMPLETED"

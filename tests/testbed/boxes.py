@@ -16,8 +16,9 @@ import tempfile
 from pathlib import Path
 
 HERE = Path(__file__).parent
+ROOT = HERE.parents[1]
 RUN = Path("/run")
-PREFIX = "hpc_ray-box-"
+PREFIX = "hr-box-"  # not our name: daemons of the box have it in their command lines
 
 
 def missing(*programs: str) -> str:
@@ -36,6 +37,17 @@ def missing(*programs: str) -> str:
     return f"this machine does not allow namespaces: {tried.stderr.strip()}" if tried.returncode else ""
 
 
+# Puts a folder of the same content, which everybody may walk through, in front of a closed one.
+_OPEN = """
+set -e; from=$1; to=$(mktemp -d)
+mount -t tmpfs -o mode=755 tmpfs "$to"
+for entry in "$from"/* "$from"/.[!.]*; do
+    if [ -d "$entry" ] && [ ! -h "$entry" ]; then mkdir "$to/${entry##*/}"; mount --rbind "$entry" "$to/${entry##*/}"; fi
+done
+mount --move "$to" "$from"; rmdir "$to"
+"""
+
+
 class Hosts:
     """``head`` and ``node1`` … ``nodeN``, hosts with their own processes, network, /dev/shm and /tmp. The other files are shared;
     of those below /tmp the source tree and this Python."""
@@ -50,7 +62,7 @@ class Hosts:
         self._lock = os.open(self.folder / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         fcntl.flock(self._lock, fcntl.LOCK_EX)
         self.environment = self._environment(self.folder)
-        visible = [str(HERE.parents[1]), sys.prefix, sys.base_prefix]
+        visible = [str(ROOT), sys.prefix, sys.base_prefix]
         try:
             self.do("up", str(count), "--visible", *visible)
         except BaseException:
@@ -98,6 +110,14 @@ class Hosts:
     def on(self, host: int, *command: str) -> list[str]:
         """The command line that runs ``command`` on a host (0: head), for ``subprocess`` with ``environment``."""
         return [str(HERE / "netns-cluster"), "exec", str(host), *command]
+
+    def open_to_all_users(self) -> None:
+        """Lets other users than root run this Python on the hosts, also where its folder is closed to them on the machine."""
+        wanted = [path for place in (ROOT, sys.prefix, sys.base_prefix) for path in Path(place).resolve().parents]
+        closed = {path for path in wanted if not path.stat().st_mode & 0o001}
+        for path in sorted(closed):
+            for host in range(self.count + 1):
+                subprocess.run(self.on(host, "sh", "-c", _OPEN, "open", str(path)), env=self.environment, check=True, timeout=30)
 
     def down(self) -> None:
         try:

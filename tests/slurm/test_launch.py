@@ -1,0 +1,59 @@
+"""A world inside of Slurm: by srun and by mpirun, with the MPI of this Python, which is Open MPI or MPICH."""
+
+from __future__ import annotations
+
+import pytest
+from slurm_programs import HOSTS
+from slurm_site import HPC_RAY
+
+pytestmark = [pytest.mark.slurm, pytest.mark.timeout(100)]
+
+
+@pytest.fixture
+def hosts(slurm):
+    return slurm.program("hosts", HOSTS)
+
+
+def right(ended, hosts=2, code=3):
+    assert f"hosts {hosts} " in ended.stdout, ended.stdout + ended.stderr
+    assert ended.returncode == code, ended.stderr
+
+
+@pytest.mark.parametrize("options", [["--ntasks-per-node=1"], ["--ntasks-per-node=2", "--cpus-per-task=2"]])
+def test_srun(slurm, hosts, options):
+    ended = slurm.run("srun", f"--mpi={slurm.mpi}", "-N2", *options, HPC_RAY, "run", hosts)
+    right(ended)
+    assert f"2 nodes, {2 * int(options[0][-1])} ranks" in ended.stderr
+
+
+def test_srun_of_one_task_needs_no_mpi(slurm, hosts):
+    right(slurm.run("srun", "-N1", "-n1", HPC_RAY, "run", hosts), hosts=1)
+
+
+@pytest.mark.parametrize("wrong", ["other", "none"])
+def test_srun_with_the_wrong_pmi_is_refused(slurm, hosts, wrong):
+    """Each task would be rank 0 of 1, or MPI would abort with words of its own."""
+    given = {"pmix": "pmi2", "pmi2": "pmix"}[slurm.mpi] if wrong == "other" else "none"
+    ended = slurm.run("srun", f"--mpi={given}", "-N2", HPC_RAY, "run", hosts)
+    assert ended.returncode == 1 and ended.stdout == "", ended.stdout
+    assert ended.stderr.count("do not belong together") == 1, ended.stderr
+    assert f"srun --mpi={slurm.mpi}" in ended.stderr
+    if slurm.box is not None:
+        slurm.await_nothing_left()
+
+
+def test_mpirun_in_salloc(slurm, hosts):
+    ended = slurm.run("salloc", "-N2", "--ntasks-per-node=1", "mpirun", HPC_RAY, "run", hosts)
+    assert "hosts 2 " in ended.stdout and ended.returncode != 0, ended.stdout + ended.stderr
+
+
+def test_hpc_ray_starts_mpirun_in_salloc(slurm, hosts):
+    right(slurm.run("salloc", "-N2", "--ntasks-per-node=1", HPC_RAY, "run", "-n", "2", hosts))
+
+
+def test_mpirun_in_sbatch(slurm, hosts):
+    script = slurm.folder / "mpirun.sbatch"
+    script.write_text(f"#!/bin/bash\n#SBATCH -N2 --ntasks-per-node=1 -o {slurm.folder}/mpirun.out\nexec mpirun {HPC_RAY} run {hosts}\n")
+    ended = slurm.run("sbatch", "--wait", str(script))
+    assert "hosts 2 " in (slurm.folder / "mpirun.out").read_text()
+    assert ended.returncode != 0
