@@ -78,9 +78,10 @@ class Slurm:
         assert self.box is not None
         return [what for host in range(self.box.count + 1) for what in self.box.left(host)]
 
-    def await_nothing_left(self, timeout_s: float = 15.0) -> None:
+    def await_nothing_left(self, timeout_s: float = 15.0, *, but: str = "\n") -> None:
+        """``but``: a text in what may stay."""
         deadline = time.monotonic() + timeout_s
-        while left := self.left():
+        while left := [what for what in self.left() if but not in what]:
             assert time.monotonic() < deadline, f"still there after {timeout_s:g} s:\n  " + "\n  ".join(left)
             time.sleep(0.1)
 

@@ -12,6 +12,16 @@ from slurm_site import HPC_RAY, await_line
 pytestmark = [pytest.mark.slurm, pytest.mark.timeout(180)]
 
 
+@pytest.fixture(scope="module", autouse=True)
+def queued_again(slurm):
+    """Slurm looks at times every 30 s only: this job takes them beside the other tests."""
+    script = slurm.program("resumes", RESUMES)
+    options = ["-t", "1", "--signal-s", "60", "--requeue", "-N", "2"]
+    with slurm.submit(script, *options, arguments=(str(slurm.folder / "checkpoint"),)) as child:
+        yield child
+        child.terminate()
+
+
 def test_two_hosts_and_the_exit_code(slurm):
     with slurm.submit(slurm.program("two_hosts", HOSTS), "-N", "2") as child:
         out, err = child.communicate(timeout=120)
@@ -51,6 +61,16 @@ def test_training_on_two_hosts(slurm):
     assert "2 workers" in out and "COMPLETED" in err, out + err
 
 
+@pytest.mark.parametrize("launch", ["srun", "mpirun"])
+def test_a_gang_in_a_job(slurm, launch):
+    """Its ranks are a step of their own on one host, whatever started the job's; the answer is checked against a serial solver."""
+    script = str(ROOT / "examples" / "parallel_solver.py")
+    started = ["srun", f"--mpi={slurm.mpi}"] if launch == "srun" else ["mpirun"]
+    ended = slurm.run("salloc", "-N2", "-c2", "--ntasks-per-node=1", *started, HPC_RAY, "run", script, timeout_s=100)
+    assert ended.returncode == 0, ended.stdout + ended.stderr
+    assert "nodes, 2 ranks" in ended.stderr
+
+
 def test_an_array_and_what_waits_for_it(slurm):
     """Three clusters of one host each, and a job that starts when they have ended well."""
     script = slurm.program("setting", "import os, hpc_ray as ray\nray.init()\nprint('setting', os.environ['SLURM_ARRAY_TASK_ID'])")
@@ -73,14 +93,9 @@ def test_a_dependency_that_fails_says_so(slurm):
     assert slurm.run(HPC_RAY, "cancel", last).stdout == f"hpc-ray: cancelled job {last}\n"
 
 
-def test_the_end_of_the_time_and_the_same_job_again(slurm):
+def test_the_end_of_the_time_and_the_same_job_again(slurm, queued_again):
     """SIGUSR1 before the limit: the script saves; the job is queued again and goes on from there."""
-    script = slurm.program("resumes", RESUMES)
-    options = ["-t", "1", "--signal-s", "60", "--requeue", "-N", "2"]
-    with slurm.submit(script, *options, arguments=(str(slurm.folder / "checkpoint"),)) as child:
-        number = slurm.job_of(child)
-        out, err = child.communicate(timeout=170)
-    assert child.returncode == 0, out + err
+    out, err = queued_again.communicate(timeout=170)
+    assert queued_again.returncode == 0, out + err
     words = [line for line in out.splitlines() if line.startswith(("begins", "resumes", "done"))]
     assert words == ["begins at 1", "resumes at 3", "done"], out + err
-    assert slurm.states(number)[0].state == "COMPLETED"

@@ -151,8 +151,13 @@ class Hosts:
                 found.append(f"{entry.name} {command}")
         return found
 
+    def is_up(self, host: int) -> bool:
+        return os.path.exists(f"/proc/{self.pid(host)}/root/dev/shm")
+
     def left(self, host: int) -> list[str]:
-        """What sessions have left on a host, in words: processes, shared memory, folders."""
+        """What sessions have left on a host, in words: processes, shared memory, folders. Of a dead host nothing is left."""
+        if not self.is_up(host):
+            return []
         root = Path(f"/proc/{self.pid(host)}/root")
         found = [f"process {process}" for process in self.processes(host)]
         found += [f"/dev/shm/{path.name}" for path in (root / "dev/shm").iterdir()]
