@@ -68,7 +68,7 @@ def test_a_gang_in_a_job(slurm, launch):
     started = ["srun", f"--mpi={slurm.mpi}"] if launch == "srun" else ["mpirun"]
     ended = slurm.run("salloc", "-N2", "-c2", "--ntasks-per-node=1", *started, HPC_RAY, "run", script, timeout_s=100)
     assert ended.returncode == 0, ended.stdout + ended.stderr
-    assert "nodes, 2 ranks" in ended.stderr
+    assert "nodes, 2 ranks" in ended.stderr and ended.stdout.count("the same as in one piece: True") == 2
 
 
 def test_an_array_and_what_waits_for_it(slurm):
