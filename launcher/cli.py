@@ -1,4 +1,5 @@
-"""The command line: ``hpc-ray run``, ``start``, ``stop``, ``status``; and the way to those of ``submission`` and ``hpc_ray.commands``.
+"""The command line: ``hpc-ray run``, ``start``, ``stop``, ``status``; and the way to those of ``submission``, ``doctor`` and
+``hpc_ray.commands``.
 
 ``run`` is two things. Outside of an MPI job it starts one (mpirun, this program in each rank) and stays as its supervisor; inside
 of one it is a rank. The exit code is the script's in both.
@@ -70,20 +71,23 @@ def _amounts(command: Any) -> Any:
 
 
 class _Commands(click.Group):
-    """The commands of this module, and those that need a client, which are loaded when one of them is called."""
+    """The commands of this module, and those that are loaded when one of them is called: most need a client."""
 
     def get_command(self, context: click.Context, name: str) -> click.Command | None:
         own = super().get_command(context, name)
-        if own is not None or name not in _LOOKING:
+        if own is not None or name not in _LATER:
             return own
-        return importlib.import_module(_LOOKING_MODULE).COMMANDS[name]
+        return importlib.import_module(_LATER[name]).COMMANDS[name]
 
     def list_commands(self, context: click.Context) -> list[str]:
-        return [*super().list_commands(context), *_LOOKING]
+        return [*super().list_commands(context), *_LATER]
 
 
-_LOOKING_MODULE = "hpc_ray.commands"  # by name: the launcher knows nothing of the layers above it
-_LOOKING = ("list", "get", "summary", "logs", "timeline", "dashboard")
+# By name: the launcher knows nothing of the layers above it.
+_LATER = {
+    **dict.fromkeys(("list", "get", "summary", "logs", "timeline", "dashboard"), "hpc_ray.commands"),
+    "doctor": "hpc_ray.launcher.doctor",
+}
 
 
 @click.group(cls=_Commands, context_settings={"help_option_names": ["-h", "--help"]})

@@ -15,7 +15,8 @@ VISIBLE_GPUS = "CUDA_VISIBLE_DEVICES"
 _CGROUP = "/sys/fs/cgroup"
 
 
-def _read(path: str) -> str:
+def read(path: str) -> str:
+    """A small file of the kernel's, "" if it cannot be read."""
     try:
         with open(path) as file:
             return file.read().strip()
@@ -26,7 +27,7 @@ def _read(path: str) -> str:
 def _cgroup_folders(controller: str) -> list[str]:
     """Folders of our cgroup and its parents, for version 2 and for this controller of version 1."""
     folders = []
-    for line in _read("/proc/self/cgroup").splitlines():
+    for line in read("/proc/self/cgroup").splitlines():
         number, names, path = line.split(":", 2)
         if number == "0" and not names:
             roots = [_CGROUP, f"{_CGROUP}/unified"]
@@ -48,10 +49,10 @@ def cpu_count() -> int:
     """CPUs for us: affinity, cgroup quota, Slurm; at least 1."""
     count = float(len(os.sched_getaffinity(0)))
     for folder in _cgroup_folders("cpu"):
-        words = _read(f"{folder}/cpu.max").split()
+        words = read(f"{folder}/cpu.max").split()
         if len(words) == 2 and words[0] != "max":
             count = min(count, int(words[0]) / int(words[1]))
-        quota, period = _read(f"{folder}/cpu.cfs_quota_us"), _read(f"{folder}/cpu.cfs_period_us")
+        quota, period = read(f"{folder}/cpu.cfs_quota_us"), read(f"{folder}/cpu.cfs_period_us")
         if quota.isdigit() and period.isdigit() and int(quota) > 0:
             count = min(count, int(quota) / int(period))
     granted = granted_cpus()
@@ -70,7 +71,7 @@ def cpuset() -> set[int]:
     """CPUs that our cgroup lets us use; every CPU of the machine where it does not say."""
     for folder in _cgroup_folders("cpuset"):
         for name in ("cpuset.cpus.effective", "cpuset.effective_cpus", "cpuset.cpus"):
-            found = cpu_list(_read(f"{folder}/{name}"))
+            found = cpu_list(read(f"{folder}/{name}"))
             if found:
                 return found
     return set(range(os.sysconf("SC_NPROCESSORS_CONF")))
@@ -105,17 +106,17 @@ def _memory_limits() -> list[tuple[int, int]]:
             ("memory.max", "memory.current"),
             ("memory.limit_in_bytes", "memory.usage_in_bytes"),
         ):
-            limit = _read(f"{folder}/{limit_name}")
+            limit = read(f"{folder}/{limit_name}")
             if limit.isdigit() and int(limit) < 1 << 60:
-                inactive = re.search(r"^(?:total_)?inactive_file (\d+)", _read(f"{folder}/memory.stat"), re.MULTILINE)
-                usage = int(_read(f"{folder}/{usage_name}") or 0) - (int(inactive.group(1)) if inactive else 0)
+                inactive = re.search(r"^(?:total_)?inactive_file (\d+)", read(f"{folder}/memory.stat"), re.MULTILINE)
+                usage = int(read(f"{folder}/{usage_name}") or 0) - (int(inactive.group(1)) if inactive else 0)
                 limits.append((int(limit), max(0, usage)))
     return limits
 
 
 def memory_bytes() -> tuple[int, int]:
     """(total, available): the machine's, or the cgroup's or Slurm's where that is less."""
-    info: dict[str, str] = dict(re.findall(r"^(\w+):\s+(\d+) kB", _read("/proc/meminfo"), re.MULTILINE))
+    info: dict[str, str] = dict(re.findall(r"^(\w+):\s+(\d+) kB", read("/proc/meminfo"), re.MULTILINE))
     total = int(info.get("MemTotal", "0")) << 10
     available = int(info["MemAvailable"]) << 10 if "MemAvailable" in info else total
     for limit, usage in _memory_limits():
@@ -173,7 +174,7 @@ def gpu_model() -> str:
     """Name of the first GPU for labels, "" where there is none."""
     try:
         for name in sorted(os.listdir("/proc/driver/nvidia/gpus")):
-            found = re.search(r"^Model:\s*(.+)$", _read(f"/proc/driver/nvidia/gpus/{name}/information"), re.MULTILINE)
+            found = re.search(r"^Model:\s*(.+)$", read(f"/proc/driver/nvidia/gpus/{name}/information"), re.MULTILINE)
             if found:
                 return found.group(1).strip()
     except OSError:
@@ -188,7 +189,7 @@ def ip_address() -> str:
             probe.connect(("10.255.255.255", 9))
             return str(probe.getsockname()[0])
         except OSError:
-            return next(iter(local_addresses(_read("/proc/net/fib_trie"))), "127.0.0.1")
+            return next(iter(local_addresses(read("/proc/net/fib_trie"))), "127.0.0.1")
 
 
 def local_addresses(trie: str) -> list[str]:

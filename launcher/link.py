@@ -206,7 +206,7 @@ class Rank:
         problem = pairing_problem(self.place.launcher, MPI.Get_library_version(), dict(os.environ))
         if problem:
             raise LaunchError(problem)
-        library = _name(MPI.Get_library_version())
+        library = name_of(MPI.Get_library_version())
         MPI.Init_thread(MPI.THREAD_FUNNELED)
         self.world = MPI.COMM_WORLD
         self.world.Set_errhandler(MPI.ERRORS_RETURN)
@@ -780,7 +780,7 @@ def pairing_problem(launcher: str, library: str, environment: dict[str, str]) ->
     has_pmi = any(name in environment for name in ("PMI_RANK", "PMI_FD", "PMI_PORT"))
     said = environment.get("SLURM_MPI_TYPE", "")
     how = f"{launcher} --mpi={said}" if launcher == "srun" and said else launcher
-    text = f"the ranks were started by {how}, but mpi4py uses {_name(library)}: they do not belong together. "
+    text = f"the ranks were started by {how}, but mpi4py uses {name_of(library)}: they do not belong together. "
     if launcher == "Open MPI's mpirun" and is_mpich:
         return text + _PAIRING
     if launcher == "MPICH's mpirun" and is_open:
@@ -792,7 +792,7 @@ def pairing_problem(launcher: str, library: str, environment: dict[str, str]) ->
     return ""
 
 
-def _name(library: str) -> str:
+def name_of(library: str) -> str:
     """The first line of a library's version text, for people."""
     return " ".join(library.partition("\n")[0].rstrip("\0").split())
 

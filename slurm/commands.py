@@ -103,6 +103,30 @@ def mpi_list_command() -> list[str]:
     return ["srun", "--mpi=list"]
 
 
+def version_command() -> list[str]:
+    return ["scontrol", "--version"]
+
+
+def config_command() -> list[str]:
+    return ["scontrol", "show", "config"]
+
+
+def one_on_each_node(nodes: int, mpi: str, command: list[str]) -> list[str]:
+    """A step with one rank on each node of the job that this is in, beside whatever else runs in it."""
+    return ["srun", "--overlap", f"--nodes={nodes}", f"--ntasks={nodes}", "--ntasks-per-node=1", f"--mpi={mpi}", *command]
+
+
+def read_version(text: str) -> str:
+    """ "slurm 23.11.4", "slurm-wlm 22.05.8"."""
+    found = re.search(r"\d+\.\d+[\w.-]*", text)
+    return found.group() if found else ""
+
+
+def read_config(text: str) -> dict[str, str]:
+    """``scontrol show config``: "KillWait                = 30 sec"."""
+    return dict(re.findall(r"^(\w+)\s+= (.*\S)", text, re.MULTILINE))
+
+
 def read_sbatch(text: str) -> str:
     """The job's id; "" where there is none."""
     found = re.search(r"^(\d+)(;.*)?$", text, re.MULTILINE)  # ID;CLUSTER in a federation

@@ -31,7 +31,7 @@ def clean(environment: dict[str, str]) -> dict[str, str]:
     return {name: value for name, value in environment.items() if not name.startswith(("SLURM_", "SLURMD_")) or name in kept}
 
 
-def run(command: list[str], *, given: str | None = None) -> str:
+def run(command: list[str], *, given: str | None = None, timeout_s: float = _TIMEOUT_S) -> str:
     """What it printed.
 
     Raises:
@@ -46,7 +46,7 @@ def run(command: list[str], *, given: str | None = None) -> str:
             capture_output=True,
             text=True,
             errors="replace",
-            timeout=_TIMEOUT_S,
+            timeout=timeout_s,
             check=False,
             env=clean(dict(os.environ)),
         )
@@ -56,7 +56,7 @@ def run(command: list[str], *, given: str | None = None) -> str:
             "Slurm, `hpc-ray run` starts a script here; `hpc-ray submit --dry-run` prints the batch script for another place"
         ) from None
     except subprocess.TimeoutExpired:
-        raise Unreachable(f"{command[0]} has not answered within {_TIMEOUT_S:g} s") from None
+        raise Unreachable(f"{command[0]} has not answered within {timeout_s:g} s") from None
     if ended.returncode:
         words = ended.stderr.strip() or ended.stdout.strip() or f"exit code {ended.returncode}"
         kind = Unreachable if is_transient(words) else SlurmError

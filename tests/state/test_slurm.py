@@ -178,6 +178,11 @@ def test_command_lines():
     assert commands.scancel_command("12", "USR1") == ["scancel", "--signal=USR1", "12"]
     assert commands.sinfo_command() == ["sinfo", "--noheader", "--format=%R|%a|%l|%D|%c|%m|%G"]
     assert commands.mpi_list_command() == ["srun", "--mpi=list"]
+    assert commands.version_command() == ["scontrol", "--version"]
+    assert commands.config_command() == ["scontrol", "show", "config"]
+    assert " ".join(commands.one_on_each_node(3, "pmix", ["hostname"])) == (
+        "srun --overlap --nodes=3 --ntasks=3 --ntasks-per-node=1 --mpi=pmix hostname"
+    )
     assert job.srun_command(job.Job(script="a.py")) == "srun --kill-on-bad-exit=1 hpc-ray run a.py"
 
 
@@ -237,6 +242,19 @@ def test_sbatch_is_read(printed, number):
 )
 def test_mpi_list_is_read(printed):
     assert commands.read_mpi_list(printed) == ["pmix", "none", "cray_shasta", "pmi2", "pmix_v4"]
+
+
+@pytest.mark.parametrize(("printed", "version"), [("slurm 23.11.4\n", "23.11.4"), ("slurm-wlm 22.05.8\n", "22.05.8"), ("", "")])
+def test_version_is_read(printed, version):
+    assert commands.read_version(printed) == version
+
+
+def test_configuration_is_read():
+    printed = (
+        "Configuration data as of 2026-11-21T12:00:00\nKillWait                = 30 sec\nMpiDefault              = pmix\n"
+        "MpiParams               = (null)\n\nSlurmctld(primary) at head is UP\n"
+    )
+    assert commands.read_config(printed) == {"KillWait": "30 sec", "MpiDefault": "pmix", "MpiParams": "(null)"}
 
 
 def test_partitions_for_people():
