@@ -125,7 +125,7 @@ class ActorHandle:
         self._methods = methods
         self._defaults = defaults
         self._scope = scope
-        self._prepared: dict[str, tuple[Template, Signature]] = {}
+        self._twin: ActorHandle  # set with the first method that is asked for
         self._link: ActorLink
         self._client: Client = None  # type: ignore[assignment]
         self._connect()
@@ -182,13 +182,17 @@ class ActorHandle:
     def __getattr__(self, name: str) -> ActorMethod:
         if name.startswith("_ray") or name not in self.__dict__.get("_methods", ()):
             raise AttributeError(f"'{self.__dict__.get('_class_name', 'actor')}' object has no attribute '{name}'")
-        prepared = self._prepared.get(name)
-        if prepared is None:
-            prepared = self._prepared[name] = self._make_template(name, {}), Signature(self._methods[name][0])
-        return ActorMethod(self, name, *prepared)
+        if "_twin" not in self.__dict__:
+            twin = object.__new__(ActorHandle)  # so that methods can be kept here and make no cycle
+            twin.__dict__.update(self.__dict__)
+            self._twin = twin
+        found = self.__dict__[name] = ActorMethod(
+            self._twin, name, self._make_template(name, {}), Signature(self._methods[name][0])
+        )
+        return found
 
     def __dir__(self) -> list[str]:
-        return [*self._methods, *object.__dir__(self)]
+        return list({*self._methods, *object.__dir__(self)})
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, ActorHandle) and self._ray_actor_id == other._ray_actor_id

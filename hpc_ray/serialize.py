@@ -29,6 +29,9 @@ PICKLE, BYTES = 1, 2  # kinds
 _HEADER = struct.Struct("<BxxxIQ")
 _LENGTH = struct.Struct("<Q")
 _PLAIN = frozenset({int, float, bool, type(None), str, complex})
+_SHORT = 4096  # bytes: copying so many costs less than a view on them
+_NO_BUFFERS = _HEADER.pack(PICKLE, 0, 0)  # the header where everything is in the pickle
+_dumps, _loads = pickle.dumps, pickle.loads
 
 
 class _Session(threading.local):
@@ -115,16 +118,40 @@ class Serialized:
 _NO_REFERENCES: list = []
 
 
+def plain_value(value: Any) -> bytes | None:
+    """The short way (0.3 µs) for what has no parts: what ``serialize`` would give, as bytes; None for all else."""
+    kind = type(value)
+    if (kind in _PLAIN or (kind is bytes and len(value) < _SHORT)) and not (_custom and kind in _custom):
+        return _NO_BUFFERS + _dumps(value, 5)
+    return None
+
+
+def plain_arguments(args: tuple, kwargs: dict) -> bytes | None:
+    """The same for the arguments of a call."""
+    if kwargs or _custom:
+        return None
+    if not args:
+        return NO_ARGUMENTS
+    for value in args:
+        kind = type(value)
+        if kind not in _PLAIN and not (kind is bytes and len(value) < _SHORT):
+            return None
+    return _NO_BUFFERS + _dumps((args, kwargs), 5)
+
+
+NO_ARGUMENTS = _NO_BUFFERS + _dumps(((), {}), 5)
+
+
 def serialize(value: Any) -> Serialized:
     """The value as bytes.
 
     Raises:
         TypeError, pickle.PicklingError: it cannot be pickled; the text says which part of it (see ``explain``).
     """
-    kind = type(value)
-    if kind in _PLAIN and kind not in _custom:
-        return Serialized(_HEADER.pack(PICKLE, 0, 0) + pickle.dumps(value, 5), [], _NO_REFERENCES)
-    if kind is bytes:
+    plain = plain_value(value)
+    if plain is not None:
+        return Serialized(plain, [], _NO_REFERENCES)
+    if type(value) is bytes:
         return Serialized(_HEADER.pack(BYTES, 1, 0) + _LENGTH.pack(len(value)), [memoryview(value)], _NO_REFERENCES)
     outer = _session.contained
     contained = _session.contained = []
@@ -136,7 +163,7 @@ def serialize(value: Any) -> Serialized:
     finally:
         _session.contained = outer
     if not buffers:
-        return Serialized(_HEADER.pack(PICKLE, 0, 0) + data, [], contained)
+        return Serialized(_NO_BUFFERS + data, [], contained)
     views = [_flat(buffer) for buffer in buffers]
     lengths = b"".join(_LENGTH.pack(view.nbytes) for view in views)
     head = _HEADER.pack(PICKLE, len(views), len(data)) + lengths + data
@@ -147,21 +174,10 @@ def _flat(buffer: pickle.PickleBuffer) -> memoryview:
     return buffer.raw()
 
 
-def serialize_arguments(arguments: tuple) -> Serialized:
-    """The same for the (args, kwargs) of a call, with a short way for plain ones."""
-    args, kwargs = arguments
-    if not kwargs and not _custom:
-        for value in args:
-            kind = type(value)
-            if kind not in _PLAIN and not (kind is bytes and len(value) < 4096):
-                break
-        else:
-            return Serialized(_HEADER.pack(PICKLE, 0, 0) + pickle.dumps(arguments, 5), [], _NO_REFERENCES)
-    return serialize(arguments)
-
-
 def deserialize(data: Any) -> Any:
     """The value in ``data`` (bytes or a buffer in the arena); arrays in it are views on ``data`` that keep it alive."""
+    if type(data) is bytes and len(data) < _SHORT and data.startswith(_NO_BUFFERS):
+        return _loads(data[16:])
     view = memoryview(data)
     kind, count, length = _HEADER.unpack_from(view)
     if count == 0:

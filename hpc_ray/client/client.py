@@ -17,7 +17,7 @@ import threading
 import time
 import traceback
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import Any
 
 from hpc_ray import exceptions, serialize
@@ -65,12 +65,13 @@ ROOM_TRIES = 5  # others may take the room that was made; then the object goes t
 class Waiter:
     """What a thread waits for: done after ``left`` calls of ``one``."""
 
-    __slots__ = ("done", "left", "sleeper", "wakes")
+    __slots__ = ("done", "entries", "left", "sleeper", "wake")
 
     def __init__(self, left: int = 1):
         self.left = left
         self.done = left <= 0
-        self.wakes: list[tuple[Entry, Callable[[], None]]] = []  # left with entries; see ``Client.withdraw``
+        self.entries: Collection[Entry] = ()  # that ``wake`` was left with; see ``Client.withdraw``
+        self.wake: Callable[[Entry], None] = _nothing
         self.sleeper: threading.Event | None = None  # set while the owner sleeps instead of draining
 
     def one(self) -> None:
@@ -78,10 +79,25 @@ class Waiter:
         if self.left <= 0:
             self.finish()
 
+    def one_ready(self, entry: Entry) -> None:
+        self.one()
+
+    def one_available(self, entry: Entry) -> None:
+        """An error ends the wait: nobody wants the others then."""
+        result = entry.result
+        if result is not None and result.kind == ERROR:
+            self.finish()
+        else:
+            self.one()
+
     def finish(self) -> None:
         self.done = True
         if self.sleeper is not None:
             self.sleeper.set()
+
+
+def _nothing(entry: Entry) -> None:
+    pass
 
 
 class _Then(Waiter):
@@ -185,6 +201,7 @@ class Client:
         self._request_ids = itertools.count(1)
         self._loading = _Loading()
         self._ticking = False
+        self._releasing = False  # references go: the background thread looks at them every tick, and nobody has to wake it
         self._thread: threading.Thread | None = None
         for answer in (Answer, ActorCreated, NamedActor, JobRegistered, ArenaRoom):
             self.handlers[answer] = self._on_answer
@@ -458,8 +475,9 @@ class Client:
             while not self.closed:
                 if self.interrupts.pending:
                     timeout: float | None = AGAIN_S
-                elif self._ticking:
+                elif self._ticking or self._releasing:
                     timeout = TICK_S
+                    self._releasing = False
                 else:
                     refs.set_parked(True)
                     timeout = None if not refs.released else 0.0
@@ -498,6 +516,7 @@ class Client:
         """Let go of what references that were collected had held."""
         released = refs.released
         if released:
+            self._releasing = True
             entries = self.objects.entries
             with self.lock:
                 while released:
@@ -516,7 +535,7 @@ class Client:
             request.finish()
 
     def _on_task_reply(self, source: int, message: TaskReply) -> None:
-        task = self.tasks.tasks.get(message.task_id) or self.actors.calls.get(message.task_id)
+        task = self.actors.calls.get(message.task_id) or self.tasks.tasks.get(message.task_id)
         if task is not None and task.attempt == message.attempt:
             task.submitter.on_reply(task, message)
 
@@ -661,7 +680,8 @@ class Client:
         entries = [reference._entry for reference in references]
         self.make_available(entries, timeout_s)
         for entry in entries:
-            if entry.state == READY and entry.result is not None and entry.result.kind == ERROR:
+            result = entry.result
+            if result is not None and result.kind == ERROR and entry.state is READY:
                 self.load(entry)
         return [self.load(entry) for entry in entries]
 
@@ -674,8 +694,7 @@ class Client:
         with self.lock:
             unready = [entry for entry in entries if entry.state != READY]
             waiter = Waiter(len(unready))
-            for entry in unready:
-                self._wake_when_ready(entry, waiter, waiter.one)
+            self._wake_when_ready(waiter, waiter.one_ready, unready)
         try:
             if not self.block(waiter, timeout_s):
                 raise GetTimeoutError(f"not ready after {timeout_s:g} s")
@@ -709,42 +728,45 @@ class Client:
     def _missing(self, entries: Sequence[Entry], kind: type[Waiter] = Waiter) -> Waiter | None:
         """A waiter for what is not here yet; None if all is here, or one has an error."""
         with self.lock:
-            missing: dict[bytes, Entry] = {}
-            elsewhere: dict[bytes, Entry] = {}
+            missing: dict[Entry, None] = {}  # each once
+            elsewhere: dict[Entry, None] = {}
             objects = self.objects
             for entry in entries:
+                result = entry.result
+                if entry.state is READY and result is not None and result.kind == INLINE:
+                    continue
                 if objects.entries.get(entry.id) is not entry:
                     raise exceptions.ObjectLostError(entry.id.hex(), detail="The reference is from another session")
-                if entry.state != READY:
-                    missing[entry.id] = entry
+                if entry.state is not READY:
+                    missing[entry] = None
                 else:
-                    result = entry.result
                     assert result is not None
                     if result.kind == ERROR:
                         return None
                     if result.kind == ARENA and objects.local_handle(entry) is None:
-                        elsewhere[entry.id] = entry
-            for entry in elsewhere.values():
+                        elsewhere[entry] = None
+            for entry in elsewhere:
                 objects.pull(entry)
             if not missing and not elsewhere:
                 return None
             waiter = kind(len(missing) + len(elsewhere))
-            for entry in missing.values():
-                self._wake_when_ready(entry, waiter, _one_or_error(waiter, entry))
-            for entry in elsewhere.values():
+            self._wake_when_ready(waiter, waiter.one_available, missing)
+            for entry in elsewhere:
                 self.pull_waiters.setdefault(entry.id, []).append(waiter.one)
             return waiter
 
-    def _wake_when_ready(self, entry: Entry, waiter: Waiter, wake: Callable[[], None]) -> None:
-        waiter.wakes.append((entry, wake))
-        self.objects.on_ready(entry, wake)
+    def _wake_when_ready(self, waiter: Waiter, wake: Callable[[Entry], None], entries: Collection[Entry]) -> None:
+        waiter.wake, waiter.entries = wake, entries
+        for entry in entries:
+            self.objects.on_ready(entry, wake)
 
     def withdraw(self, waiter: Waiter) -> None:
         """Nobody waits for it any more: take back the wakes that it has left with entries. Takes the lock."""
         if waiter.left <= 0:
             return  # all were used
         with self.lock:
-            for entry, wake in waiter.wakes:
+            wake = waiter.wake
+            for entry in waiter.entries:
                 if entry.waiters is not None and wake in entry.waiters:
                     entry.waiters.remove(wake)
                     if entry.count <= 0:
@@ -858,8 +880,7 @@ class Client:
             needed = num_returns - (len(entries) - len(unready))
             if needed > 0:
                 waiter = Waiter(needed)
-                for entry in unready:
-                    self._wake_when_ready(entry, waiter, waiter.one)
+                self._wake_when_ready(waiter, waiter.one_ready, unready)
         if needed > 0:
             self.in_wait = True
             try:
@@ -916,16 +937,6 @@ class Client:
     def _leak(self, entry: Entry) -> None:
         with self.lock:
             entry.count += 1
-
-
-def _one_or_error(waiter: Waiter, entry: Entry) -> Callable[[], None]:
-    def wake() -> None:
-        if entry.result is not None and entry.result.kind == ERROR:
-            waiter.finish()
-        else:
-            waiter.one()
-
-    return wake
 
 
 def _error_class(name: str) -> type[Exception]:

@@ -86,7 +86,7 @@ class Entry:
         self.count = 0  # holds in this process: references, tasks, containers
         self.result: Result | None = None  # READY
         self.places: list[list[int]] | None = None  # READY in an ARENA: [[node, handle], …]
-        self.waiters: list[Callable[[], None]] | None = None  # not READY: called once, under the lock
+        self.waiters: list[Callable[[Entry], None]] | None = None  # not READY: called once, with it, under the lock
         self.borrowers: dict[int, int] | None = None  # owned: address → additions less removals
         self.added = 0  # borrowed: additions made in this process's name
         self.contained: list[Entry] | None = None  # held as long as this entry is
@@ -178,7 +178,7 @@ class ObjectTable:
         if waiters is not None:
             entry.waiters = None
             for wake in waiters:
-                wake()
+                wake(entry)
         if entry.count <= 0:
             self.drop_if_unused(entry)
 
@@ -214,10 +214,10 @@ class ObjectTable:
     def owner_died(self, entry: Entry) -> None:
         self.set_error(entry, OwnerDiedError(entry.id.hex(), owner_of(entry.id)))
 
-    def on_ready(self, entry: Entry, wake: Callable[[], None]) -> None:
-        """Call ``wake`` when the entry is READY; at once if it is."""
+    def on_ready(self, entry: Entry, wake: Callable[[Entry], None]) -> None:
+        """Call ``wake(entry)`` when the entry is READY; at once if it is."""
         if entry.state >= READY:
-            wake()
+            wake(entry)
             return
         if entry.waiters is None:
             entry.waiters = []
@@ -358,7 +358,7 @@ class ObjectTable:
             error = ObjectLostError(message.object_id.hex(), detail="Its owner has freed it already")
             self.client.send(source, ObjectReady(message.object_id, Result(ERROR, dumps(error))))
             return
-        self.on_ready(entry, lambda: self.answer(source, entry, message.value))
+        self.on_ready(entry, lambda ready: self.answer(source, ready, message.value))
 
     def answer(self, receiver: int, entry: Entry, value: bool) -> None:
         """Tell a borrower about a READY entry. It registers for what is inside by itself, while it holds the entry."""

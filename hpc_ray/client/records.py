@@ -41,6 +41,7 @@ if TYPE_CHECKING:
     from hpc_ray.client.tasks import Task, Template
 
 LONGEST_ERROR = 4096  # bytes of a pickled error that is kept as it is; of a larger one the text is kept, so much of it
+_ERROR = int(ResultKind.ERROR)
 now_ns = time.monotonic_ns  # as cheap as it gets; rows have times of the epoch
 
 # What the state API calls the errors that are not raised by the user's code; a subclass comes before its base.
@@ -98,7 +99,7 @@ class Records:
     def note_call(self, task: Task, results: list[Result]) -> None:
         """An attempt of a call has ended with these results."""
         error: Any = None
-        if results and results[0].kind == ResultKind.ERROR:
+        if results and results[0].kind == _ERROR:
             error = results[0].payload
             if len(error) > LONGEST_ERROR:
                 error = describe_error(error)

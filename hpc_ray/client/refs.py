@@ -25,16 +25,6 @@ T = TypeVar("T")
 released: deque[Any] = deque()
 
 
-def _release(entry: Any) -> None:
-    if _Hooks.rebuild is None:
-        return  # the session is over
-    released.append(entry)
-    if _Hooks.parked:
-        _Hooks.parked = False
-        assert _Hooks.unpark is not None
-        _Hooks.unpark()
-
-
 class _Hooks:
     """Set by the client that is connected; see ``install``."""
 
@@ -42,8 +32,17 @@ class _Hooks:
     add_done_callback: Callable[[Any, Callable], None] | None = None
     get: Callable[[ObjectRef], Any] | None = None
     leak: Callable[[Any], None] | None = None
-    parked = False  # the client's background thread sleeps for good; a release has to wake it
+    parked = True  # nobody looks at ``released``: the client's background thread sleeps for good, or there is no client
     unpark: Callable[[], None] | None = None
+
+
+def _unpark(_hooks: type[_Hooks] = _Hooks, _released: deque[Any] = released) -> None:
+    """A reference was released while nobody looked. (Its names are its own: the interpreter may be about to end.)"""
+    if _hooks.unpark is None:
+        _released.clear()  # the session is over
+    else:
+        _hooks.parked = False
+        _hooks.unpark()
 
 
 def install(
@@ -54,7 +53,7 @@ def install(
     unpark: Callable[[], None] | None = None,
 ) -> None:
     """Connect references to a client; without arguments: disconnect."""
-    _Hooks.parked = False
+    _Hooks.parked = rebuild is None
     _Hooks.rebuild, _Hooks.add_done_callback, _Hooks.get = rebuild, add_done_callback, get
     _Hooks.leak, _Hooks.unpark = leak, unpark
     if rebuild is None:
@@ -120,11 +119,18 @@ class ObjectRef(Generic[T]):
     def from_hex(cls, hex_id: str) -> ObjectRef:
         return cls(bytes.fromhex(hex_id))
 
-    def __del__(self, _release: Callable[[Any], None] = _release) -> None:
+    def __del__(
+        self,
+        _append: Callable[[Any], None] = released.append,
+        _hooks: type[_Hooks] = _Hooks,
+        _unpark: Callable[[], None] = _unpark,
+    ) -> None:
         try:
-            _release(self._entry)
+            _append(self._entry)
         except AttributeError:  # __init__ did not get that far
-            pass
+            return
+        if _hooks.parked:
+            _unpark()
 
     def binary(self) -> bytes:
         return self._entry.id

@@ -13,11 +13,11 @@ TASK-3 (holds): a task holds its dependencies and what its arguments contain unt
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, cast
 
 from hpc_ray.client import context
-from hpc_ray.client.objects import ARENA, ERROR, FREED, READY, Entry, State
+from hpc_ray.client.objects import ARENA, ERROR, FREED, PENDING, READY, Entry
 from hpc_ray.client.records import now_ns
 from hpc_ray.client.refs import ObjectRef
 from hpc_ray.client.streams import DYNAMIC, ObjectRefGenerator, Stream
@@ -53,7 +53,7 @@ from hpc_ray.protocol import (
     UseLease,
     encode,
 )
-from hpc_ray.serialize import dumps, explain_arguments, loads, serialize_arguments
+from hpc_ray.serialize import dumps, explain_arguments, loads, plain_arguments, serialize
 
 if TYPE_CHECKING:
     from hpc_ray.client.client import Client
@@ -134,6 +134,7 @@ class Task:
         "submitter",
         "template",
         "unresolved",
+        "unreturned",
     )
 
     def __init__(self, submitter: Any, template: Template, task_id: bytes):
@@ -143,9 +144,10 @@ class Task:
         self.attempt = 0
         self.retries_left = template.max_retries
         self.arguments = b""
-        self.dependencies: list[tuple[int | str, Entry]] = []
-        self.contained: list[Entry] = []
-        self.returns: list[Entry] = []
+        self.dependencies: Sequence[tuple[int | str, Entry]] = ()
+        self.contained: Sequence[Entry] = ()
+        self.returns: Sequence[Entry] = ()
+        self.unreturned = 0  # returns whose ``task`` this still is
         self.unresolved = 0
         self.lane: Any = None  # the Lease or ActorLink that has it, while it is sent
         self.cancelled = False
@@ -178,14 +180,15 @@ class Task:
         while gone:
             entry = gone.pop()
             task, entry.task = entry.task, None
-            if any(other.task is task for other in task.returns):
+            task.unreturned -= 1
+            if task.unreturned:
                 continue
             task.submitter.packer.forget(task)
             for _, argument in task.dependencies:
                 argument.lineage -= 1
                 if argument.lineage == 0 and argument.state == FREED and argument.task is not None:
                     gone.append(argument)
-            task.dependencies = []
+            task.dependencies = ()
 
 
 TASK_BYTES = 1500  # that a remembered task takes besides its arguments, about
@@ -206,22 +209,26 @@ class CallPacker:
         Raises:
             TypeError: an argument cannot be pickled; what else its pickling raises is raised as it is.
         """
-        dependencies = task.dependencies
+        plain = plain_arguments(args, kwargs)
+        if plain is not None and len(plain) <= self.client.settings.inline_bytes:
+            task.arguments = plain
+            return
+        dependencies: list[tuple[int | str, Entry]] = []
         for i, value in enumerate(args):
             if type(value) is ObjectRef:
                 dependencies.append((i, value._entry))
         if dependencies:
-            plain = list(args)
+            values = list(args)
             for slot, _ in dependencies:
-                plain[cast("int", slot)] = None
-            args = tuple(plain)
+                values[cast("int", slot)] = None
+            args = tuple(values)
         if kwargs:
             for name, value in kwargs.items():
                 if type(value) is ObjectRef:
                     dependencies.append((name, value._entry))
                     kwargs = {**kwargs, name: None}
         try:
-            serialized = serialize_arguments((args, kwargs))
+            serialized = serialize((args, kwargs))
         except TypeError as error:
             where = explain_arguments(args, kwargs)
             name = task.template.name
@@ -234,6 +241,7 @@ class CallPacker:
             large = self.objects.put(serialized, contained)
             large.count -= 1  # counted with the others below
             dependencies.insert(0, (ALL_ARGUMENTS, large))
+        task.dependencies = dependencies
         if dependencies or contained:
             entries = self.objects.entries
             with self.client.lock:
@@ -252,7 +260,7 @@ class CallPacker:
             return True
         task.unresolved = len(waiting)
 
-        def one_ready() -> None:
+        def one_ready(entry: Entry) -> None:
             task.unresolved -= 1
             if task.unresolved == 0:
                 then(task)
@@ -279,33 +287,46 @@ class CallPacker:
         """What the caller gets: a reference, a list of them, None, or a generator. Under the lock."""
         count = task.template.num_returns
         if count == 1:
-            return self.make_return(task, 0)
+            task.returns = (self.make_return(task, 0),)
+            return ObjectRef(task.returns[0])
         if count >= 0:
-            return [self.make_return(task, i) for i in range(count)] or None
+            task.returns = [self.make_return(task, i) for i in range(count)]
+            return [ObjectRef(entry) for entry in task.returns] or None
         stream = Stream(self.client, task)
         if count == DYNAMIC:
-            return self.make_return(task, 0)
+            task.returns = (self.make_return(task, 0),)
+            return ObjectRef(task.returns[0])
         return ObjectRefGenerator(self.client, stream)
 
-    def make_return(self, task: Task, index: int) -> ObjectRef:
-        entry = self.objects.own(object_id_of(task.id, index))
+    def make_return(self, task: Task, index: int) -> Entry:
+        """The entry of a result, with the hold of the reference that the caller gets."""
+        object_id = object_id_of(task.id, index)
+        entry = self.objects.entries[object_id] = Entry(object_id, True, PENDING)
         entry.task = task
         entry.count = 1
-        task.returns.append(entry)
-        return ObjectRef(entry)
+        task.unreturned += 1
+        return entry
 
     def finish(self, task: Task, results: list[Result]) -> None:
-        """Hand out the results and let go of the arguments (TASK-3)."""
+        """Hand out the results and let go of the arguments (TASK-3). 1 µs for one small result."""
         self.client.records.note_call(task, results)
         objects = self.objects
+        if len(results) == 1 and task.stream is None and not task.dependencies and not task.contained:
+            result, entry = results[0], task.returns[0]
+            if result.kind != ARENA and entry.task is task and len(task.returns) == 1:  # the usual call, in short
+                task.arguments = b""
+                entry.task = None
+                task.unreturned = 0
+                objects.receive_result(entry, result)
+                return
         if task.stream is not None:
             task.stream.end(results[0] if results else None)
             results = [task.stream.collect()] if task.returns else []
-        arguments, contained, task.contained = task.dependencies, task.contained, []
+        arguments, contained, task.contained = task.dependencies, task.contained, ()
         if task.may_repeat and any(result.kind == ARENA for result in results):
             self.remember(task)
         else:
-            task.dependencies = []
+            task.dependencies = ()
             task.arguments = b""
         for entry, result in zip(task.returns, results, strict=True):
             if entry.state < READY:
@@ -368,7 +389,7 @@ class CallPacker:
                 argument.lineage -= 1
             for result in one.returns:
                 if result.state == READY and result.result is not None and result.result.kind == ARENA and not result.places:
-                    result.state = State.PENDING
+                    result.state = PENDING
         for one in plan:
             one.submitter.start_again(one)
         return ""

@@ -12,12 +12,12 @@ EXEC-3 (nobody waits behind a wait): a plain worker whose task blocks gives back
 from __future__ import annotations
 
 import asyncio
-import inspect
 import os
 import signal
 import sys
 import threading
 from collections import deque
+from types import CoroutineType, GeneratorType
 from typing import Any
 
 from hpc_ray import serialize
@@ -46,6 +46,7 @@ from hpc_ray.protocol import (
     WorkerBlocked,
     WorkerUnblocked,
 )
+from hpc_ray.serialize import NO_ARGUMENTS
 from hpc_ray.worker.gangs import Gangs
 from hpc_ray.worker.graphs import Graph, Graphs
 from hpc_ray.worker.hosting import ActorHost
@@ -272,6 +273,8 @@ class Executor:
         loans: list[Entry] = []
         data = task.arguments
         if not task.dependencies:
+            if data == NO_ARGUMENTS:
+                return (), {}, loans
             (args, kwargs), loans = client.load_with_loans(data)
             return args, kwargs, loans
         values = [(dependency.slot, *self.client.value_of(dependency)) for dependency in task.dependencies]
@@ -316,12 +319,12 @@ class Executor:
                     called = now_ns()
                     value = self.call(task, args, kwargs)
                 args = kwargs = None  # type: ignore[assignment]
-                if inspect.iscoroutine(value):
+                if type(value) is CoroutineType:
                     value = asyncio.run(_await(value))
                 returned = now_ns()
             finally:
                 self.running.pop(task.task_id, None)
-            if task.num_returns < 0 and inspect.isgenerator(value):
+            if task.num_returns < 0 and type(value) is GeneratorType:
                 self.running[task.task_id] = running
                 results = self.results.send_items(source, task, value)
             else:

@@ -5,14 +5,14 @@ Used by ``executor`` and ``hosting``.
 
 from __future__ import annotations
 
-import inspect
 import traceback
+from types import GeneratorType
 from typing import TYPE_CHECKING, Any
 
 from hpc_ray import serialize
 from hpc_ray.client.client import Waiter
 from hpc_ray.client.context import LeaveProcess
-from hpc_ray.client.objects import ERROR
+from hpc_ray.client.objects import ERROR, INLINE
 from hpc_ray.client.streams import DYNAMIC
 from hpc_ray.exceptions import AsyncioActorExit, RayError, RayTaskError, TaskCancelledError, UnserializableException
 from hpc_ray.ids import TaskID, object_id_of
@@ -59,7 +59,7 @@ class Results:
 
     def pack_results(self, source: int, task: PushTask, value: Any) -> list[Result]:
         count = task.num_returns
-        if inspect.isgenerator(value) and count > 0:
+        if type(value) is GeneratorType and count > 0:
             return self.pack_generated(source, task, value)
         if count == 1:
             return [self.pack(source, task, 0, value)]
@@ -160,6 +160,9 @@ class Results:
 
     def pack(self, source: int, task: PushTask, index: int, value: Any) -> Result:
         client = self.client
+        plain = serialize.plain_value(value)
+        if plain is not None and len(plain) <= client.settings.inline_bytes:
+            return Result(INLINE, plain, 0, 0, len(plain))
         try:
             serialized = serialize.serialize(value)
         except TypeError as error:
