@@ -129,21 +129,21 @@ def wait(
         raise TypeError(f"wait(num_returns=...) takes an integer, not {type(num_returns).__name__}")
     if timeout is not None and timeout < 0:
         raise ValueError(f"The 'timeout' argument must be nonnegative. Received {timeout}")
-    for item in ray_waitables:
-        if not isinstance(item, (ObjectRef, ObjectRefGenerator)):
-            raise TypeError(f"wait() expected a list of ObjectRef, got a list containing {type(item)}")
+    for kind in set(map(type, ray_waitables)):
+        if not issubclass(kind, (ObjectRef, ObjectRefGenerator)):
+            raise TypeError(f"wait() expected a list of ObjectRef, got a list containing {kind}")
     if not ray_waitables:
         return [], []
-    if len({item._entry.id if type(item) is ObjectRef else item for item in ray_waitables}) != len(ray_waitables):
-        raise ValueError("Wait requires a list of unique object refs.")
     if num_returns <= 0:
         raise ValueError(f"Invalid number of objects to return {num_returns}.")
     if num_returns > len(ray_waitables):
         raise ValueError(f"num_returns cannot be greater than the number of object refs ({num_returns} > {len(ray_waitables)})")
-    flags = client.wait(ray_waitables, num_returns, timeout, fetch_local)
-    ready = [item for item, good in zip(ray_waitables, flags, strict=True) if good]
-    rest = [item for item, good in zip(ray_waitables, flags, strict=True) if not good]
-    return ready, rest
+    ready = client.wait(ray_waitables, num_returns, timeout, fetch_local)
+    rest = ray_waitables.copy()
+    if len(ready) == 1:  # the usual loop: one by one out of many
+        return [rest.pop(ready[0])], rest
+    chosen = set(ready)
+    return [rest[i] for i in ready], [item for i, item in enumerate(rest) if i not in chosen]
 
 
 def kill(actor: ActorHandle, *, no_restart: bool = True) -> None:

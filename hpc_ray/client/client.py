@@ -18,6 +18,7 @@ import time
 import traceback
 from collections import deque
 from collections.abc import Callable, Collection, Iterable, Sequence
+from operator import attrgetter
 from typing import Any
 
 from hpc_ray import exceptions, serialize
@@ -517,12 +518,13 @@ class Client:
         released = refs.released
         if released:
             self._releasing = True
-            entries = self.objects.entries
+            objects = self.objects
             with self.lock:
                 while released:
                     entry: Entry = released.popleft()
-                    if entries.get(entry.id) is entry:
-                        self.objects.release(entry)
+                    entry.count -= 1
+                    if entry.count <= 0:
+                        objects.drop_if_unused(entry)
 
     def _on_welcome(self, source: int, message: Welcome) -> None:
         self.welcome = message
@@ -868,38 +870,54 @@ class Client:
             with self.lock:
                 self.objects.release(entry)
 
-    def wait(self, references: Sequence[Any], num_returns: int, timeout_s: float | None, fetch_local: bool) -> list[bool]:
-        """Wait until ``num_returns`` are ready or the time is over; which are ready. Blocks."""
-        self.work_off_released()
-        with self.lock:
-            entries = [item._entry if isinstance(item, ObjectRef) else item._head() for item in references]
-            unready = [entry for entry in entries if entry.state != READY]
-            for entry in unready:
-                if entry.state == FREED:
-                    raise exceptions.ObjectLostError(entry.id.hex(), detail="The reference is from another session")
-            needed = num_returns - (len(entries) - len(unready))
-            if needed > 0:
-                waiter = Waiter(needed)
-                self._wake_when_ready(waiter, waiter.one_ready, unready)
-        if needed > 0:
-            self.in_wait = True
-            try:
-                self.block(waiter, timeout_s)
-            finally:
-                self.in_wait = False
-                waiter.left = len(unready)  # some were not waited for
-                self.withdraw(waiter)
-        ready, count = [], 0
-        for entry in entries:
-            good = entry.state == READY and count < num_returns
-            count += good
-            ready.append(good)
+    def wait(self, references: Sequence[Any], num_returns: int, timeout_s: float | None, fetch_local: bool) -> list[int]:
+        """Wait until ``num_returns`` are ready or the time is over; the positions of the first that are ready, at most so
+        many. Blocks. 50 ns for each reference where enough are ready.
+
+        Raises:
+            ValueError: a reference is there twice.
+            ObjectLostError: one is from another session.
+        """
+        if refs.released:
+            self.work_off_released()
+        try:
+            entries: list[Entry] = list(map(_entry_of, references))
+        except AttributeError:  # some are generators
+            with self.lock:
+                entries = [item._entry if isinstance(item, ObjectRef) else item._head() for item in references]
+        if len(set(entries)) != len(entries):
+            raise ValueError("Wait requires a list of unique object refs.")
+        ready = _first_ready(entries, num_returns)
+        if len(ready) < num_returns:
+            self._await_some(entries, num_returns, timeout_s)
+            ready = _first_ready(entries, num_returns)
         if fetch_local:
             with self.lock:
                 for entry in entries:
-                    if entry.state == READY and entry.result.kind == ARENA and self.objects.local_handle(entry) is None:
+                    result = entry.result
+                    if result is not None and result.kind == ARENA and entry.state is READY and self.objects.local_handle(entry) is None:
                         self.objects.pull(entry)
         return ready
+
+    def _await_some(self, entries: list[Entry], count: int, timeout_s: float | None) -> None:
+        """Wait until ``count`` entries are READY or the time is over. Blocks."""
+        with self.lock:
+            unready = [entry for entry in entries if entry.state is not READY]
+            for entry in unready:
+                if entry.state is FREED:
+                    raise exceptions.ObjectLostError(entry.id.hex(), detail="The reference is from another session")
+            waiter = Waiter(count - (len(entries) - len(unready)))
+            if not waiter.done:
+                self._wake_when_ready(waiter, waiter.one_ready, unready)
+        if waiter.done:
+            return
+        self.in_wait = True
+        try:
+            self.block(waiter, timeout_s)
+        finally:
+            self.in_wait = False
+            waiter.left = len(unready)  # some were not waited for
+            self.withdraw(waiter)
 
     def add_done_callback(self, entry: Entry, callback: Callable[[], None]) -> None:
         """Call back, without the lock, once the entry can be loaded here without waiting."""
@@ -924,9 +942,11 @@ class Client:
         self.run_callbacks()
 
     def _rebuild(self, object_id: bytes) -> ObjectRef:
+        objects = self.objects
         with self.lock:
-            entry = self.objects.meet(object_id)
-            reference = self.objects.reference(entry)
+            entry = objects.entries.get(object_id) or objects.meet(object_id)
+            entry.count += 1
+            reference: ObjectRef = ObjectRef(entry)
             if not entry.owned and not entry.added:
                 if self._loading.loans is not None:
                     self._loading.loans.append(entry)
@@ -937,6 +957,20 @@ class Client:
     def _leak(self, entry: Entry) -> None:
         with self.lock:
             entry.count += 1
+
+
+_entry_of = attrgetter("_entry")
+
+
+def _first_ready(entries: list[Entry], count: int) -> list[int]:
+    """The positions of the first ``count`` entries that are READY."""
+    found = []
+    for position, entry in enumerate(entries):
+        if entry.state is READY:
+            found.append(position)
+            if len(found) == count:
+                break
+    return found
 
 
 def _error_class(name: str) -> type[Exception]:

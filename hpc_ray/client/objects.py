@@ -257,7 +257,8 @@ class ObjectTable:
         """Delete an owned object everywhere (OBJ-1)."""
         del self.entries[entry.id]
         entry.state = FREED
-        self.delete_copies(entry)
+        if entry.places:
+            self.delete_copies(entry)
         if not (entry.lineage and entry.result is not None and entry.result.kind == INLINE and not entry.result.contained):
             entry.result = None  # else it is small, and an argument
         if entry.task is not None and entry.lineage == 0:

@@ -86,10 +86,11 @@ def _rebuild(object_id: bytes) -> ObjectRef:
 class _Name:
     """Stands for an entry where there is none: the nil reference, or one made without a session."""
 
-    __slots__ = ("id",)
+    __slots__ = ("count", "id")
 
     def __init__(self, object_id: bytes):
         self.id = object_id
+        self.count = 1 << 60  # there is nothing to be let go of
 
 
 _NIL = b"\xff" * 28

@@ -484,9 +484,8 @@ class Scheduler:
 
     def pick(self, task: Task) -> Lease | None:
         """A worker for the task: an idle one, or one that is busy for so short that the task may wait there (TASK-2)."""
-        for lease in self.idle:
-            del self.idle[lease]
-            return lease
+        if self.idle:
+            return self.idle.popitem()[0]  # the last one that had something to do: it may still look for more
         room = self.ahead_ns - task.template.function.cost_ns
         if room > 0:
             for lease in self.open:

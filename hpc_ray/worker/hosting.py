@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import inspect
+import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
@@ -22,6 +23,7 @@ from hpc_ray.exceptions import AsyncioActorExit
 from hpc_ray.ids import GCS_ADDRESS
 from hpc_ray.protocol import ActorInitFailed, ActorReady, DeathCause, InstallActor, PushTask, Result
 from hpc_ray.worker.graphs import Graph
+from hpc_ray.worker.loop import ActorLoop
 from hpc_ray.worker.output import set_job, set_task_name
 from hpc_ray.worker.results import dump_error
 
@@ -86,7 +88,7 @@ class ActorHost:
             args, kwargs, loans = self.executor.arguments(spec)
             self.executor.actor.instance = cls.__new__(cls)
             if spec.is_async:
-                self.loop = asyncio.new_event_loop()
+                self.loop = ActorLoop(client)
                 asyncio.set_event_loop(self.loop)
             called = now_ns()
             self.executor.actor.instance.__init__(*args, **kwargs)
@@ -167,7 +169,7 @@ class ActorHost:
             self.client.lane.wake()
 
     def run_async_actor(self) -> None:
-        """The loop is the main thread's; the background thread drains and hands calls over in batches."""
+        """The loop is the main thread's, and handles messages while it has nothing to do."""
         loop = self.loop
         assert loop is not None and self.executor.actor is not None
         spec = self.executor.actor.spec
@@ -181,16 +183,14 @@ class ActorHost:
                 source, item = self.executor.queue.popleft()
                 if type(item) is Graph:
                     job = loop.create_task(item.run_async())
-                    alive.add(job)
                     job.add_done_callback(alive.discard)
-                    continue
-                if type(item) is not PushTask:
+                elif type(item) is PushTask:
+                    job = loop.create_task(self.execute_async(source, item, limits, alive))
+                else:
                     self.executor.leaving = getattr(item, "reason", "") or "terminated"
                     stopped.set()
                     return
-                job = loop.create_task(self.execute_async(source, item, limits))
                 alive.add(job)
-                job.add_done_callback(alive.discard)
             waiter = self.executor.arrival = _Soon(loop, start)
             if self.executor.queue:
                 waiter.finish()
@@ -205,14 +205,11 @@ class ActorHost:
 
         self.stopped = stopped
         self.client.on_blocked = None
-        self.client.lane.eager += 1
-        self.client.lane.wake_background()
-        try:
-            loop.run_until_complete(live())
-        finally:
-            self.client.lane.eager -= 1
+        loop.run_until_complete(live())
 
-    async def execute_async(self, source: int, task: PushTask, limits: dict[str, asyncio.Semaphore]) -> None:
+    async def execute_async(
+        self, source: int, task: PushTask, limits: dict[str, asyncio.Semaphore], alive: set[asyncio.Task]
+    ) -> None:
         """Run a call of an asyncio actor to its end, and reply."""
         job = asyncio.current_task()
         assert job is not None
@@ -237,6 +234,7 @@ class ActorHost:
             failed = True
         finally:
             self.executor.running.pop(task.task_id, None)
+            alive.discard(job)
         ended = now_ns()
         self.executor.runs.append(
             (task.task_id, task.attempt, current.name, current.function_name, started, started, ended, ended, failed)
@@ -263,12 +261,16 @@ class ActorHost:
 class _Soon(Waiter):
     """An arrival that wakes an asyncio loop."""
 
-    __slots__ = ("loop", "then")
+    __slots__ = ("loop", "then", "thread")
 
     def __init__(self, loop: asyncio.AbstractEventLoop, then: Callable[[], None]):
         super().__init__()
         self.loop = loop
         self.then = then
+        self.thread = threading.get_ident()
 
     def finish(self) -> None:
-        self.loop.call_soon_threadsafe(self.then)
+        if threading.get_ident() == self.thread:
+            self.loop.call_soon(self.then)
+        else:
+            self.loop.call_soon_threadsafe(self.then)
