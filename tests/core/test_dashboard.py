@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import re
@@ -133,6 +134,6 @@ def test_commands(tmp_path, monkeypatch):
 
 
 def test_the_commands_are_named():
-    from hpc_ray.commands import COMMANDS
-
-    assert set(cli._LOOKING) == set(COMMANDS)
+    for module in set(cli._LATER.values()):
+        named = {name for name, where in cli._LATER.items() if where == module}
+        assert named == set(importlib.import_module(module).COMMANDS)
