@@ -5,7 +5,8 @@
 of one it is a rank. The exit code is the script's in both.
 
 CLI-1 (nothing stays): mpirun dies with this process, ranks die with mpirun, nodes with their ranks.
-CLI-2 (exit code): mpirun's is not believed; rank 0 reports the script's over a socket of our own.
+CLI-2 (exit code): mpirun's is not believed; rank 0 reports the script's over a socket of our own, or, from another host, by its last
+words (``relay``).
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from hpc_ray.config import Settings
 from hpc_ray.exceptions import RayError
 from hpc_ray.ids import GCS_ADDRESS
 from hpc_ray.launcher import channel, local, session, submission, world
+from hpc_ray.launcher.relay import Relay
 from hpc_ray.protocol import UNIT, Answer, ProcessLeaving, Query, decode, encode
 from hpc_ray.version import __version__
 
@@ -193,15 +195,20 @@ def _supervise(ranks: int, plan: dict[str, Any], extra: list[str]) -> int:
     stopped: list[int] = []
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, lambda received, frame: stopped.append(received))
+    ours, theirs = os.pipe()
     child = subprocess.Popen(
         world.mpirun_command(mpirun, ranks, world.LINK_COMMAND, extra),
         env=variables,
+        stderr=theirs,
         preexec_fn=before_exec,  # noqa: PLW1509  this program has no threads
     )
+    os.close(theirs)
+    errors = Relay(ours, 2, plan["tag"])
     report: socket.socket | None = None
     code: int | None = None
     asked = False
     while True:
+        errors.pass_on(0.02)
         if report is None:
             try:
                 report, _ = listener.accept()
@@ -217,19 +224,20 @@ def _supervise(ranks: int, plan: dict[str, Any], extra: list[str]) -> int:
         if stopped and not asked:
             asked = True
             child.send_signal(signal.SIGTERM)
-        try:
-            status = child.wait(0.02)
+        status = child.poll()
+        if status is not None:
             break
-        except subprocess.TimeoutExpired:
-            pass
-        if code is not None and stopped:
+        if stopped and (code is not None or errors.code is not None):
             world.end_process(child, 5.0)
+    errors.close()
     if report is not None and code is None:
         try:
             note, _ = channel.receive_note(report)
             code = int(note["exit"]) if note is not None else 137
         except (OSError, ValueError):
             code = 137
+    if code is None:
+        code = errors.code
     _wait_for_nodes(plan)
     if stopped:
         return 128 + stopped[0]
@@ -237,6 +245,8 @@ def _supervise(ranks: int, plan: dict[str, Any], extra: list[str]) -> int:
         if code == 137 and status == 0:
             click.echo("hpc-ray: rank 0 was killed", err=True)
         return code
+    if status == 0:
+        click.echo("hpc-ray: the ranks have ended without the script's exit code: a host or rank 0 was lost", err=True)
     return status if status > 0 else 128 - status if status < 0 else 1
 
 

@@ -35,6 +35,7 @@ from hpc_ray.ids import GCS_ADDRESS, LINK_LANE, address_of, node_of, raylet_addr
 from hpc_ray.launcher import channel, host, session, world
 from hpc_ray.launcher.attachment import Attachment, connect
 from hpc_ray.launcher.node_process import NodeProcess, node_config
+from hpc_ray.launcher.relay import last_words
 from hpc_ray.protocol import (
     VERSION,
     DeathCause,
@@ -116,6 +117,7 @@ class Rank:
             for number in signals.DRAINING:
                 signal.signal(number, self.on_early_signal)
         self.report: socket.socket | None = None
+        self.reported = False
         self.node_process: NodeProcess | None = None
         self.watchdog = Watchdog()
         self.watchdog.set(
@@ -430,6 +432,9 @@ class Rank:
                 channel.send_note(self.report, {"exit": code})
             except OSError:
                 pass
+        elif self.place.rank == 0 and self.plan["report"] and not self.reported:  # it is on another host
+            self.reported = True
+            os.write(2, last_words(self.plan["tag"], code))
 
     def _finalize(self, code: int) -> None:
         self.send_report(code)

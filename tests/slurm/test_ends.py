@@ -72,6 +72,8 @@ def test_a_host_dies(slurm, box, launch):
             box.do("start-node", "2")
     if launch != "mpirun":  # Open MPI's says 0
         assert job.returncode != 0, out + err
+    if launch == "hpc-ray":
+        assert "a host or rank 0 was lost" in err or job.returncode > 1, err
 
 
 @pytest.mark.parametrize("victim", ["hpc_ray.launcher.link", "hpc_ray.launcher.node"])

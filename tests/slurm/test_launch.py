@@ -51,6 +51,15 @@ def test_hpc_ray_starts_mpirun_in_salloc(slurm, hosts):
     right(slurm.run("salloc", "-N2", "--ntasks-per-node=1", HPC_RAY, "run", "-n", "2", hosts))
 
 
+def test_the_exit_code_comes_from_another_host(slurm):
+    """mpirun runs here, rank 0 elsewhere."""
+    program = "import sys, hpc_ray as ray\nray.init(object_store_memory=100 << 20)\nprint('fine', end='', file=sys.stderr)"
+    script = slurm.program("fine", program)
+    ended = slurm.run("salloc", "-N2", "--ntasks-per-node=1", HPC_RAY, "run", "-q", "-n", "2", script)
+    assert ended.returncode == 0, ended.stderr
+    assert "fine" in ended.stderr and "exit" not in ended.stderr
+
+
 def test_mpirun_in_sbatch(slurm, hosts):
     script = slurm.folder / "mpirun.sbatch"
     script.write_text(f"#!/bin/bash\n#SBATCH -N2 --ntasks-per-node=1 -o {slurm.folder}/mpirun.out\nexec mpirun {HPC_RAY} run {hosts}\n")

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import os
+
 import pytest
 
 from hpc_ray.exceptions import LaunchError
 from hpc_ray.launcher import link, session, world
+from hpc_ray.launcher.relay import Relay, last_words
 from hpc_ray.launcher.world import HYDRA, MPIRun, Rank
 
 PROGRAM = ["python", "program.py"]
@@ -127,3 +130,28 @@ def test_a_job_means_its_own_sessions():
     assert session.of_our_job(names, {"SLURM_JOB_ID": "7"}) == ["session_1_job7.0_ab", "session_4_job7.2_01"]
     assert session.of_our_job(names, {"SLURM_JOB_ID": "8"}) == []
     assert session.of_our_job(names, {}) == names[:4]
+
+
+@pytest.fixture
+def relay():
+    with open(os.devnull, "wb") as nobody:
+        source, target = os.pipe()
+        os.close(target)
+        made = Relay(source, nobody.fileno(), "ab12")
+        yield made
+        made.close()
+
+
+@pytest.mark.parametrize("cut", range(1, 40))
+def test_last_words_are_heard_and_not_shown(relay, cut):
+    """However the pipe cuts them, and whatever the script has printed before them without an end of its line."""
+    whole = b"50 %\r100 %" + last_words("ab12", 7) + b"bye\n"
+    assert relay.sift(whole[:cut]) + relay.sift(whole[cut:]) == b"50 %\r100 %bye\n"
+    assert relay.code == 7
+
+
+def test_other_lines_are_passed_on_at_once(relay):
+    assert relay.sift(b"Epoch 1: 50 %") == b"Epoch 1: 50 %"
+    assert relay.sift(b"a \x1e b\n") == b"a \x1e b\n"
+    assert relay.sift(last_words("another", 3)) == last_words("another", 3)  # a world inside of this one
+    assert relay.code is None
