@@ -6,8 +6,9 @@ MPI worker. FD is the driver's control channel, where a driver started us.
 
 LINK-1 (one thread): only the main thread touches MPI; the watchdog may only end the process.
 LINK-2 (same end): all ranks decide alike what is wrong (allgather), rank 0 alone says it.
-LINK-3 (low idle cost): after traffic it spins for ``SPIN_S``, then looks at MPI every ``FIRST_PARK_S``, after ``LIVELY_S`` at
-growing intervals up to ``PARK_S``, and sleeps on its lane in between.
+LINK-3 (low idle cost): after traffic it looks without a pause for ``SPIN_S``, which is longer than a call to another node and its
+answer take, and lets everybody else have its core first; then it looks at MPI every ``FIRST_PARK_S``, after ``LIVELY_S`` at growing
+intervals up to ``PARKS_S``, and sleeps on its lane in between.
 LINK-4 (back-pressure): it does not drain its lane while more than ``BACKLOG_BYTES`` wait for slow peers; it always receives.
 """
 
@@ -53,11 +54,11 @@ from hpc_ray.slurm import signals
 from hpc_ray.spilling import ObjectFiles
 from hpc_ray.transport import PeerLost, TransferEnded
 
-SPIN_S = 50e-6
+SPIN_S = 500e-6
 FIRST_PARK_S = 50e-6
 LIVELY_S = 2e-3  # after traffic: intervals do not grow yet, more may come
-PARK_S = 1e-3
-LONG_PARK_S = 2e-3  # after a second of silence
+PARKS_S = ((1.0, 1e-3), (10.0, 2e-3), (float("inf"), 8e-3))  # silent for less than this: the longest interval
+SLACK_NS = 1_000  # by how much the kernel may prolong a sleep; else as long as FIRST_PARK_S
 WORKER_PARK_S = 0.05
 STANDBY_PARK_S = 0.01
 WATCH_S = 0.02  # between looks at the driver, the node and the control channel
@@ -503,6 +504,7 @@ class Link:
         park = FIRST_PARK_S
         quiet_since = time.monotonic()
         next_watch = 0.0
+        ctypes.CDLL(None).prctl(_PR_SET_TIMERSLACK, SLACK_NS)
         while True:
             moved = False
             if lane is None:
@@ -521,8 +523,10 @@ class Link:
             now = time.monotonic()
             if moved or self.arrived:
                 quiet_since, park = now, FIRST_PARK_S
+            elif now - quiet_since < SPIN_S:
+                os.sched_yield()  # to whom it may carry something next
             elif now - quiet_since >= LIVELY_S:
-                park = min(park * 1.2, PARK_S if now - quiet_since < 1.0 else LONG_PARK_S)
+                park = min(park * 1.2, next(longest for silence, longest in PARKS_S if now - quiet_since < silence))
             if now >= next_watch:
                 next_watch = now + WATCH_S
                 self.watch()
@@ -770,6 +774,7 @@ def _closed(connection: socket.socket, commands: list[dict[str, Any]] | None = N
         return True, words
 
 
+_PR_SET_TIMERSLACK = 29  # of prctl
 _ORDERLY = "ended in order: "
 _PAIRING = (
     "Use the mpirun of the MPI that mpi4py loads (`hpc-ray run -n N script.py` does), or under Slurm `srun --mpi=pmix` for "
