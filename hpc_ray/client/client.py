@@ -752,7 +752,14 @@ class Client:
             if not missing and not elsewhere:
                 return None
             waiter = kind(len(missing) + len(elsewhere))
-            self._wake_when_ready(waiter, waiter.one_available, missing)
+
+            def one_ready(entry: Entry) -> None:
+                result = entry.result
+                if result is not None and result.kind == ARENA and objects.local_handle(entry) is None:
+                    objects.pull(entry)  # it comes while others are made; the next look waits for it
+                waiter.one_available(entry)
+
+            self._wake_when_ready(waiter, one_ready, missing)
             for entry in elsewhere:
                 self.pull_waiters.setdefault(entry.id, []).append(waiter.one)
             return waiter

@@ -25,7 +25,7 @@ from hpc_ray.client import context
 from hpc_ray.client.client import Client, Waiter
 from hpc_ray.client.context import LeaveProcess
 from hpc_ray.client.logging_config import use_logging
-from hpc_ray.client.objects import ERROR, Entry
+from hpc_ray.client.objects import ARENA, ERROR, Entry
 from hpc_ray.client.records import now_ns
 from hpc_ray.exceptions import TaskCancelledError
 from hpc_ray.ids import TaskID
@@ -35,6 +35,7 @@ from hpc_ray.protocol import (
     ExportFunction,
     InstallActor,
     ProcessLeaving,
+    PullObject,
     PushTask,
     Result,
     Shape,
@@ -52,6 +53,8 @@ from hpc_ray.worker.graphs import Graph, Graphs
 from hpc_ray.worker.hosting import ActorHost
 from hpc_ray.worker.output import set_job, set_task_name
 from hpc_ray.worker.results import Results
+
+FETCH_AHEAD = 4  # of so many queued tasks the arguments are brought to this node before their turn
 
 Running = tuple[Any, context.TaskContext, int]  # thread id or asyncio.Task; who; since when (0: waits for its turn)
 
@@ -106,11 +109,23 @@ class Executor:
         self.blobs[message.function_id] = message.blob
 
     def on_push_task(self, source: int, message: Any) -> None:
-        self.queue.append((source, message))
+        queue = self.queue
+        queue.append((source, message))
+        if len(queue) <= FETCH_AHEAD:
+            self.fetch_ahead(message)
         arrival = self.arrival
         if arrival is not None:
             self.arrival = None
             arrival.finish()
+
+    def fetch_ahead(self, item: Any) -> None:
+        """Its turn comes soon: have its arguments brought to this node. (A hint, on the caller's loan; who runs it asks again.)"""
+        client = self.client
+        if type(item) is PushTask:
+            for dependency in item.dependencies:
+                result = dependency.result
+                if result.kind == ARENA and all(place[0] != client.node for place in dependency.places):
+                    client.send(client.raylet, PullObject(dependency.object_id, result.size, dependency.places))
 
     def on_use_lease(self, source: int, message: UseLease) -> None:
         self.leases = {message.lease_id: message}  # a worker has one lease at a time
@@ -218,6 +233,8 @@ class Executor:
         while self.leaving is None:
             if queue:
                 source, item = queue.popleft()
+                if len(queue) >= FETCH_AHEAD:
+                    self.fetch_ahead(queue[FETCH_AHEAD - 1][1])
                 if type(item) is PushTask:
                     self.execute(source, item)
                 elif type(item) is Graph:
