@@ -311,8 +311,12 @@ class Client:
         request = _Request(destination)
         with self.lock:
             self._requests[request_id] = request
+        return self._await(request_id, request, self.send(destination, make(request_id)), timeout_s)
+
+    def _await(self, request_id: int, request: _Request, sent: bool, timeout_s: float | None) -> Any:
+        destination = request.destination
         try:
-            if not self.send(destination, make(request_id)):
+            if not sent:
                 raise exceptions.RpcError(f"process {destination:#x} is dead")
             if not self.block(request, timeout_s):
                 raise GetTimeoutError(f"no answer from process {destination:#x} within {timeout_s:g} s")
@@ -329,9 +333,20 @@ class Client:
         Raises: whatever class the answer names.
         """
         answer = self.request(destination, lambda request_id: Query(request_id, name, arguments), timeout_s)
-        if answer.error:
-            raise _error_class(answer.error_kind)(answer.error)
-        return answer.value
+        return _value_of(answer)
+
+    def ask(self, destination: int, name: str, /, **arguments: Any) -> Callable[[], Any]:
+        """The same without waiting: what is returned waits, and gives the value or raises. To be called once."""
+        request_id = next(self._request_ids)
+        request = _Request(destination)
+        with self.lock:
+            self._requests[request_id] = request
+        sent = self.send(destination, Query(request_id, name, arguments))
+
+        def answered() -> Any:
+            return _value_of(self._await(request_id, request, sent, None))
+
+        return answered
 
     def query_all(
         self, destinations: Iterable[int], name: str, timeout_s: float, /, **arguments: Any
@@ -967,6 +982,12 @@ class Client:
 
 
 _entry_of = attrgetter("_entry")
+
+
+def _value_of(answer: Any) -> Any:
+    if answer.error:
+        raise _error_class(answer.error_kind)(answer.error)
+    return answer.value
 
 
 def _first_ready(entries: list[Entry], count: int) -> list[int]:

@@ -131,7 +131,8 @@ class Groups(Part):
         self.groups[group_id] = group
         self.waiting_groups[group_id] = None
         self._save_group(group, f"asked for: {strategy}, {len(bundles)} bundles")
-        self.view_changed = True
+        if not self.stopping:
+            self._try(group)  # for the others nothing has changed
 
     def query_remove_placement_group(self, group_id: bytes) -> None:
         group = self.groups.get(group_id)

@@ -20,6 +20,7 @@ class Part(Machine):
     epoch_offset = 0.0  # time of day minus the clock of events
     views: dict[int, NodeView]
     view_changed: bool  # room may have appeared: try again what waits
+    stopping: bool
     asker: tuple[int, int]  # address and request id of the Query being answered
 
     def journal(self, kind: str, key: bytes, value: msgspec.Struct | bytes | None) -> None:

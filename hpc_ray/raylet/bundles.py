@@ -122,6 +122,7 @@ class Bundles(Leases):
         self.pool.give_back(bundle.grant)
         del self.bundles[bundle.group_id, bundle.index]
         self.dirty = True
+        self.report_soon()
 
     def _of(self, group_id: bytes) -> list[Bundle]:
         return [bundle for key, bundle in self.bundles.items() if key[0] == group_id]

@@ -5,7 +5,8 @@ its invariants; here are the node's membership, its view of the cluster, its end
 on ``machine``, ``scheduling``, ``protocol``; called by ``raylet.server`` and the simulator.
 
 RAYLET-1 (own view): ``views[node]`` shares the pool's tables, so the own node is never seen late.
-RAYLET-2 (reports): the GCS has the present amounts at most one report interval after they changed.
+RAYLET-2 (reports): the GCS has the present amounts at most one report interval after they changed, and sooner when bundles have gone,
+for others may wait for their room.
 RAYLET-3 (end): after Shutdown nothing is granted or started; the raylet leaves when its last worker is reaped.
 """
 
@@ -43,6 +44,7 @@ from hpc_ray.raylet.room import Room
 from hpc_ray.raylet.workers import Workers, WorkerState
 from hpc_ray.scheduling import NodeView
 
+SOON = 0.05  # of a report interval
 REPORT_NODES = 64  # from this many nodes on reports become rarer, so that the GCS gets a bounded number of them
 LOG_QUESTIONS = ("list_logs", "read_log")  # the server answers them (``raylet.logs``)
 WHOLE_NODE = 0xFFFF << 32  # lane that stands for all lanes of a node in DeleteOwned
@@ -206,6 +208,9 @@ class RayletState(Workers, Bundles, Copies, Room):
     @property
     def report_interval(self) -> float:
         return self.settings.report_interval_s * max(1.0, len(self.views) / REPORT_NODES)
+
+    def report_soon(self) -> None:
+        self._report_at = min(self._report_at, self.now + self.report_interval * SOON)
 
     def report(self) -> None:
         if not self.registered or self.stopping:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Callable
 from typing import Any
 
 from hpc_ray.api import put
@@ -38,8 +39,20 @@ class PlacementGroup:
     """A handle on a placement group. Can be passed on; equal handles name the same group."""
 
     def __init__(self, id: PlacementGroupID, bundle_cache: list[dict[str, float]] | None = None):
-        self.id = id
+        self._id = id
+        self._accepted: Callable[[], Any] | None = None  # until somebody asks for the id of a new group
         self.bundle_cache = bundle_cache
+
+    @property
+    def id(self) -> PlacementGroupID:
+        """The group's id. The first time it waits until the GCS has the group, so whoever is given the id finds it."""
+        accepted, self._accepted = self._accepted, None
+        if accepted is not None:
+            accepted()
+        return self._id
+
+    def __reduce__(self) -> Any:
+        return PlacementGroup, (self.id, self.bundle_cache)
 
     @staticmethod
     def empty() -> PlacementGroup:
@@ -119,7 +132,7 @@ def placement_group(
     bundle_label_selector: list[dict[str, str]] | None = None,
     topology_strategy: dict[str, str] | None = None,
 ) -> PlacementGroup:
-    """Ask for a placement group. Returns when the cluster has accepted it; its bundles are set aside meanwhile.
+    """Ask for a placement group. Its bundles are set aside meanwhile; one with a name is returned when the cluster has accepted it.
 
     Args:
         bundles: the resources of each.
@@ -148,22 +161,27 @@ def placement_group(
     labels = _check_selectors(bundle_label_selector, len(bundles))
     client = ensure_connected()
     group_id = os.urandom(PlacementGroupID.SIZE - 4) + client.job_id
+    accepted = client.ask(
+        GCS_ADDRESS,
+        "create_placement_group",
+        group_id=group_id,
+        bundles=[{key: round(amount * UNIT) for key, amount in bundle.items() if amount} for bundle in checked],
+        strategy=strategy,
+        name=name,
+        namespace=context.namespace,
+        detached=lifetime == "detached",
+        job_id=client.job_id,
+        labels=labels,
+    )
+    group = PlacementGroup(PlacementGroupID(group_id), checked)
+    if not name and not labels:
+        group._accepted = accepted  # it has been checked, and cannot be refused
+        return group
     try:
-        client.query(
-            GCS_ADDRESS,
-            "create_placement_group",
-            group_id=group_id,
-            bundles=[{key: round(amount * UNIT) for key, amount in bundle.items() if amount} for bundle in checked],
-            strategy=strategy,
-            name=name,
-            namespace=context.namespace,
-            detached=lifetime == "detached",
-            job_id=client.job_id,
-            labels=labels,
-        )
+        accepted()
     except ValueError as error:
         raise RaySystemError(str(error)) from None
-    return PlacementGroup(PlacementGroupID(group_id), checked)
+    return group
 
 
 def _check_bundles(bundles: Any) -> list[dict[str, float]]:
