@@ -4,6 +4,9 @@ For tests of failure without sleeping, and for the study of machines that nobody
 Relies on the two states; knows nothing of ``_core``. Workers, owners, fork servers and links are models of a page
 each.
 
+Without ``Prices`` only latencies count. With them each process has a queue, and everything that it does takes a core of its host
+for as long as was measured (``bench/costs.py``); messages between nodes go through the two links.
+
 SIM-1 (deterministic): the same seed and the same calls give the same run.
 SIM-2 (order): messages of one process to another arrive in order; a death notice arrives after all its subject had
 sent (PROTO-3). Messages of different senders race, by a random latency.
@@ -44,6 +47,7 @@ from hpc_ray.protocol import (
     ActorState,
     ActorUpdate,
     Answer,
+    ClusterView,
     CreateActor,
     DeathCause,
     FinishJob,
@@ -84,6 +88,7 @@ from hpc_ray.protocol import (
     WorkerBlocked,
     WorkerForked,
     WorkerUnblocked,
+    encode,
 )
 from hpc_ray.raylet.events import (
     AbortCopy,
@@ -111,8 +116,7 @@ class Costs(msgspec.Struct, frozen=True, kw_only=True):
     lane_s: float = 10e-6  # a message on a node
     network_s: float = 40e-6  # and one between nodes
     jitter: float = 1.0  # latencies are drawn from once to (1 + jitter) times
-    gcs_event_s: float = 0.0  # the role is busy so long with an event
-    raylet_event_s: float = 0.0
+    boot_s: float = 0.0  # of a node, before it registers; with prices
     fork_s: float = 0.002
     worker_start_s: float = 0.01
     reap_s: float = 0.0005
@@ -120,20 +124,137 @@ class Costs(msgspec.Struct, frozen=True, kw_only=True):
     bytes_per_s: float = 5e9
 
 
+class Prices(msgspec.Struct, frozen=True, kw_only=True):
+    """Seconds of a core that things take, as measured. A price of the deciding halves is for one event or action and depends on
+    how many nodes there are: it is ``[[nodes, seconds], …]``, and lies on straight lines between."""
+
+    events: dict[str, dict[str, list[list[float]]]] = {}  # role ("gcs", "raylet") → class of event → price
+    turn_s: float = 0.0  # a role looks at its lane
+    receive_s: float = 0.0  # takes a message from it and decodes it
+    receive_byte_s: float = 0.0
+    encode_s: float = 0.0
+    encode_byte_s: float = 0.0
+    send_s: float = 0.0  # puts a message into a lane
+    send_byte_s: float = 0.0
+    wake_s: float = 0.0  # passes until a process that sleeps on its lane runs
+    link_turn_s: float = 0.0  # a link looks at its lane and at MPI
+    link_out_s: float = 0.0  # and takes a message out of the node
+    link_in_s: float = 0.0  # or into it
+    link_chunk_s: float = 0.0  # what goes to one node at once, at either end
+    link_byte_s: float = 0.0  # of objects, at the receiving end
+    submit_s: float = 0.0  # an owner makes and sends a task
+    reply_s: float = 0.0  # and takes its result
+    task_s: float = 0.0  # a worker runs a task that does nothing
+    actor_s: float = 0.0  # a worker becomes an actor that does nothing in its constructor
+
+    def event_s(self, role: str, name: str, nodes: int) -> float:
+        points = self.events.get(role, {}).get(name) or self.events.get(role, {}).get("other")
+        if not points:
+            return 0.0
+        below = points[0]
+        for point in points:
+            if point[0] >= nodes:
+                share = (nodes - below[0]) / (point[0] - below[0]) if point[0] > below[0] else 0.0
+                return below[1] + share * (point[1] - below[1])
+            below = point
+        return below[1]
+
+
+class Host:
+    """Cores; whoever is ready first gets the next free one, for as long as what it found in its queue takes."""
+
+    def __init__(self, simulator: Simulator, cores: int, speed: float):
+        self.simulator = simulator
+        self.free = cores
+        self.speed = speed  # below 1 where other programs take a share
+        self.ready: deque[Process] = deque()
+
+    def add(self, process: Process) -> None:
+        self.ready.append(process)
+        self.dispatch()
+
+    def dispatch(self) -> None:
+        while self.free and self.ready:
+            process = self.ready.popleft()
+            if process.alive:
+                self.free -= 1
+                seconds = process.take_turn() / self.speed
+                process.busy_s += seconds
+                self.simulator.after(seconds, lambda process=process: self._end(process))  # type: ignore[misc]
+
+    def _end(self, process: Process) -> None:
+        self.free += 1
+        if process.alive:
+            process.end_turn()
+            if process.inbox:
+                self.ready.append(process)
+            else:
+                process.awake = False
+                process.rest()
+        self.dispatch()
+
+
 class Process:
-    """Somebody with an address."""
+    """Somebody with an address. With prices: one thread, which takes what is in its queue in turns."""
+
+    most = 64  # messages in a turn
+    turn_s = 0.0
 
     def __init__(self, simulator: Simulator, address: int):
         self.simulator = simulator
         self.address = address
         self.alive = True
+        self.busy_s = 0.0
         simulator.processes[address] = self
+        if simulator.prices is not None:
+            self.host = simulator.host_of(node_of(address))
+            self.inbox: deque[tuple[float, Callable[[], None]]] = deque()
+            self.outbox: list[tuple[int, Any]] = []
+            self.awake = False
+            self._in_turn = False
+            self._spent = 0.0
+            self._encoded: Any = None
 
     def send(self, destination: int, message: Any) -> None:
-        self.simulator.post(self.address, destination, message)
+        simulator = self.simulator
+        if simulator.prices is None:
+            simulator.post(self.address, destination, message)
+        elif self._in_turn:
+            self._spent += simulator.send_price(message, again=message is self._encoded)
+            self._encoded = message
+            self.outbox.append((destination, message))
+        else:
+            self.do_later(0.0, lambda: self.send(destination, message))
 
     def receive(self, source: int, message: Any) -> None:
         raise NotImplementedError
+
+    # -- with prices
+
+    def do_later(self, seconds: float, what: Callable[[], None]) -> None:
+        """When its turn comes; it will take so long, and what it sends meanwhile leaves at the end."""
+        self.inbox.append((seconds, what))
+        if not self.awake:
+            self.awake = True
+            assert self.simulator.prices is not None
+            self.simulator.after(self.simulator.prices.wake_s, lambda: self.host.add(self))
+
+    def take_turn(self) -> float:
+        self._in_turn, self._spent, self._encoded = True, self.turn_s, None
+        for _ in range(min(self.most, len(self.inbox))):
+            seconds, what = self.inbox.popleft()
+            self._spent += seconds
+            what()
+        self._in_turn = False
+        return self._spent
+
+    def end_turn(self) -> None:
+        outbox, self.outbox = self.outbox, []
+        for destination, message in outbox:
+            self.simulator.post(self.address, destination, message)
+
+    def rest(self) -> None:
+        """Its queue is empty."""
 
 
 # ------------------------------------------------------------------ roles: the real states
@@ -142,29 +263,34 @@ class Process:
 class Role(Process):
     """Performs a machine's actions under the virtual clock."""
 
-    def __init__(self, simulator: Simulator, address: int, state: Machine, event_s: float):
+    name = ""
+
+    def __init__(self, simulator: Simulator, address: int, state: Machine):
         super().__init__(simulator, address)
         self.state = state
         self.exit_code: int | None = None
         self.events = 0
-        self._event_s = event_s
-        self._busy_until = 0.0
         self._timers: dict[str, float] = {}
+        if simulator.prices is not None:
+            self.turn_s = simulator.prices.turn_s
 
     def start(self) -> None:
         self.perform(self.state.start(self.simulator.now))
 
     def receive(self, source: int, message: Any) -> None:
         self.events += 1
-        if not self._event_s:
-            self.perform(self.state.handle(message, source, self.simulator.now))
-            return
-        self._busy_until = max(self._busy_until, self.simulator.now) + self._event_s
-        self.simulator.at(self._busy_until, lambda: self._work(source, message))
+        self.perform(self.decide(message, source))
 
-    def _work(self, source: int, message: Any) -> None:
-        if self.alive:
-            self.perform(self.state.handle(message, source, self.simulator.now))
+    def decide(self, event: Any, source: int) -> list[Action]:
+        simulator = self.simulator
+        if simulator.stopwatch is None:
+            actions = self.state.handle(event, source, simulator.now)
+        else:
+            actions = simulator.stopwatch(self.name, self.state, event, source, simulator.now)
+        if simulator.prices is not None:
+            price = simulator.prices.event_s(self.name, type(event).__name__, len(simulator.raylets))
+            self._spent += price * units_of(event, actions)
+        return actions
 
     def perform(self, actions: list[Action]) -> None:
         queue = deque(actions)
@@ -182,7 +308,7 @@ class Role(Process):
             elif not isinstance(action, Journal):
                 event = self.do(action)
                 if event is not None:
-                    queue.extend(self.state.handle(event, 0, self.simulator.now))
+                    queue.extend(self.decide(event, 0))
 
     def _set_timer(self, name: str, at: float) -> None:
         self._timers[name] = at
@@ -191,7 +317,10 @@ class Role(Process):
     def _fire(self, name: str, at: float) -> None:
         if self.alive and self._timers.get(name) == at:
             del self._timers[name]
-            self.perform(self.state.handle(TimerFired(name), 0, self.simulator.now))
+            if self.simulator.prices is None:
+                self.perform(self.decide(TimerFired(name), 0))
+            else:
+                self.do_later(0.0, lambda: self.perform(self.decide(TimerFired(name), 0)))
 
     def commit(self, record: Journal) -> None:
         raise NotImplementedError
@@ -200,11 +329,18 @@ class Role(Process):
         raise NotImplementedError
 
 
+def units_of(event: Any, actions: list[Action]) -> int:
+    """What the price of an event is for: the event itself, each node that it speaks of, each action that it leads to."""
+    return 1 + len(actions) + (len(event.nodes) if isinstance(event, ClusterView) else 0)
+
+
 class Gcs(Role):
+    name = "gcs"
+
     def __init__(self, simulator: Simulator):
         self.journal = MemoryJournal()
         state = GcsState(keep_log=simulator.keep_log)
-        super().__init__(simulator, GCS_ADDRESS, state, simulator.costs.gcs_event_s)
+        super().__init__(simulator, GCS_ADDRESS, state)
         self.gcs = state
 
     def commit(self, record: Journal) -> None:
@@ -214,13 +350,16 @@ class Gcs(Role):
 class Raylet(Role):
     """With the models of its fork server, arena and link."""
 
+    name = "raylet"
+
     def __init__(self, simulator: Simulator, config: NodeConfig):
         state = RayletState(config, keep_log=simulator.keep_log)
-        super().__init__(simulator, raylet_address(config.node), state, simulator.costs.raylet_event_s)
+        super().__init__(simulator, raylet_address(config.node), state)
         self.raylet = state
         self.node = config.node
         self.arena = Arena(config.arena_bytes)
         self.link = Link(simulator, self)
+        self.fork_server = Process(simulator, address_of(config.node, FORK_SERVER_LANE, 1))
         self._performers: dict[type, Callable[[Any], Any]] = {
             AskForkServer: self._ask_fork_server,
             MarkDead: lambda action: None,
@@ -238,6 +377,14 @@ class Raylet(Role):
     def do(self, action: Action) -> Any:
         return self._performers[type(action)](action)
 
+    def decide(self, event: Any, source: int) -> list[Action]:
+        """One that is not among the ``aware`` hears of the other nodes, and forgets it."""
+        if isinstance(event, ClusterView) and self.node >= self.simulator.aware:
+            assert self.simulator.prices is not None
+            self._spent += len(event.nodes) * self.simulator.prices.event_s("raylet", "ClusterView", len(self.simulator.raylets))
+            return []
+        return super().decide(event, source)
+
     def _allocate(self, action: AllocateCopy) -> CopyAllocated:
         return CopyAllocated(action.transfer_id, self.arena.create(action.object_id, action.size, on_disk=action.on_disk))
 
@@ -251,7 +398,7 @@ class Raylet(Role):
     def _ask_fork_server(self, action: AskForkServer) -> None:
         message, simulator = action.message, self.simulator
         if isinstance(message, StartWorker):
-            simulator.after(simulator.costs.fork_s, lambda: self._fork(message))
+            simulator.work(self.fork_server, simulator.costs.fork_s, lambda: self._fork(message))
         elif isinstance(message, KillProcess):
             worker = simulator.by_pid.get(message.pid)
             if worker is not None and worker.alive:
@@ -268,7 +415,7 @@ class Raylet(Role):
             return
         worker = simulator.add_worker(self.node, message.token)
         simulator.post(fork_server, self.address, WorkerForked(message.token, worker.pid))
-        simulator.after(simulator.costs.worker_start_s, worker.say_hello)
+        simulator.work(worker, simulator.costs.worker_start_s, worker.say_hello)
 
 
 class Arena:
@@ -322,19 +469,116 @@ class Arena:
                 self.delete(handle)
 
 
+SPIN_S, FIRST_PARK_S, LIVELY_S, PARK_S, LONG_PARK_S = 50e-6, 50e-6, 2e-3, 1e-3, 2e-3  # as launcher.link's
+
+
 class Link(Process):
-    """Moves objects; messages between nodes are the simulator's own business."""
+    """Moves objects; and with prices messages, which else are the simulator's own business. It hears at once of what its
+    node sends, and of what comes from others when it looks (LINK-3)."""
 
     def __init__(self, simulator: Simulator, raylet: Raylet):
         super().__init__(simulator, address_of(raylet.node, LINK_LANE, 0))
         self.raylet = raylet
+        self._out: dict[int, list[tuple[int, int, Any]]] = {}
+        self._arrived: list[tuple[float, Callable[[], None]]] = []
+        self._quiet_since = -1.0
+        self._park = PARK_S
+        self._sleeping = 0  # number of the look that is planned; another one when something came before it
+        if simulator.prices is not None:
+            self.turn_s = simulator.prices.link_turn_s
+
+    # -- messages
+
+    def carry(self, source: int, destination: int, message: Any) -> None:
+        """From a process of our node to another node."""
+        prices = self.simulator.prices
+        assert prices is not None
+        self.do_later(prices.link_out_s, lambda: self._carry(source, destination, message, prices.link_chunk_s))
+
+    def _carry(self, source: int, destination: int, message: Any, chunk_s: float) -> None:
+        self._quiet_since = self.simulator.now
+        node = node_of(destination)
+        if node not in self._out:
+            self._out[node] = []
+            self._spent += chunk_s
+        self._out[node].append((source, destination, message))
+
+    def take_turn(self) -> float:
+        if self._arrived:
+            self.inbox.extend(self._arrived)
+            self._arrived.clear()
+        return super().take_turn()
+
+    def end_turn(self) -> None:
+        super().end_turn()
+        out, self._out = self._out, {}
+        simulator = self.simulator
+        for node, messages in out.items():
+            link = simulator.links.get(node)
+            if link is not None and link.alive:
+                size = sum(simulator.size_of(message) for _, _, message in messages)
+                delay = simulator.costs.network_s + size / simulator.costs.bytes_per_s
+                simulator.after(delay, lambda link=link, messages=messages: link.arrive(messages))  # type: ignore[misc]
+
+    def arrive(self, messages: list[tuple[int, int, Any]]) -> None:
+        prices = self.simulator.prices
+        assert prices is not None
+        seconds = prices.link_chunk_s + len(messages) * prices.link_in_s
+        self.notice(seconds, lambda: self._deliver(messages))
+
+    def _deliver(self, messages: list[tuple[int, int, Any]]) -> None:
+        self._quiet_since = self.simulator.now
+        for source, destination, message in messages:
+            self.simulator.hand_over(source, destination, message)
+
+    def notice(self, seconds: float, what: Callable[[], None]) -> None:
+        """MPI has something for us."""
+        if self.awake:
+            self.inbox.append((seconds, what))
+            return
+        simulator = self.simulator
+        if simulator.shared:  # it is found with the next look
+            self._arrived.append((seconds, what))
+            if not self._sleeping:
+                self.rest()
+            return
+        quiet = simulator.now - self._quiet_since
+        park = 0.0 if quiet < SPIN_S else FIRST_PARK_S if quiet < LIVELY_S else PARK_S if quiet < 1.0 else LONG_PARK_S
+        self.awake = True
+        self.inbox.append((seconds, what))
+        simulator.after(park * simulator.random.random(), lambda: self.host.add(self))
+
+    def rest(self) -> None:
+        """Nothing to do: the next look at MPI."""
+        if not self.simulator.shared:
+            return
+        now = self.simulator.now
+        quiet = now - self._quiet_since
+        if quiet < LIVELY_S:
+            self._park = FIRST_PARK_S
+        else:
+            self._park = min(self._park * 1.2, PARK_S if quiet < 1.0 else LONG_PARK_S)
+        self._sleeping += 1
+        number = self._sleeping
+        self.simulator.after(0.0 if quiet < SPIN_S else self._park, lambda: self._look(number))
+
+    def _look(self, number: int) -> None:
+        if self.alive and not self.awake and number == self._sleeping:
+            self.awake = True
+            self.host.add(self)
+
+    # -- objects
 
     def receive(self, source: int, message: Any) -> None:
         assert isinstance(message, TransferObject), message
         simulator = self.simulator
-        simulator.after(
-            simulator.costs.network_s + message.size / simulator.costs.bytes_per_s, lambda: self._done(message)
-        )
+        if simulator.prices is None:
+            delay = simulator.costs.network_s + message.size / simulator.costs.bytes_per_s
+            simulator.after(delay, lambda: self._done(message))
+            return
+        end = simulator.reserve_network(message.source_node, self.raylet.node, message.size)
+        seconds = message.size * simulator.prices.link_byte_s
+        simulator.at(end, lambda: self.notice(seconds, lambda: self._done(message)))
 
     def _done(self, message: TransferObject) -> None:
         origin = self.simulator.raylets.get(message.source_node)
@@ -343,7 +587,7 @@ class Link(Process):
             error = f"node {message.source_node} is dead"
         elif not origin.arena.has(message.source_handle):
             error = f"node {message.source_node} has no such object"
-        self.simulator.post(self.address, self.raylet.address, TransferDone(message.transfer_id, error))
+        self.send(self.raylet.address, TransferDone(message.transfer_id, error))
 
 
 # ------------------------------------------------------------------ models: owners and workers
@@ -373,15 +617,17 @@ class HeldLease:
         self.node = node
         self.worker = worker
         self.shape = shape
-        self.task: Task | None = None
-        self.task_id = b""
+        self.tasks: dict[bytes, Task] = {}  # sent, not answered
 
 
 _encode = msgspec.msgpack.Encoder(order="sorted").encode
+_CALL_S = 4e-6  # as client.tasks's
+
+LeaseKey = tuple[int, int]  # node, number
 
 
 class Owner:
-    """Submits tasks under leases, one at a time to each worker. Part of a driver or of a worker that runs a task."""
+    """Submits tasks under leases, short ones ahead as the real one does. Part of a driver or of a worker that runs a task."""
 
     def __init__(self, process: Process, job_id: bytes, on_idle: Callable[[], None]):
         self.process = process
@@ -391,26 +637,31 @@ class Owner:
         self.refused: list[LeaseRefused] = []
         self.retries = 0
         self.most_units = 16
+        self._unfinished = 0
         self._on_idle = on_idle
         self._minter = IdMinter(process.address, job_id)
         self._pending: dict[bytes, deque[Task]] = {}
         self._units: dict[int, Units] = {}
-        self._leases: dict[int, HeldLease] = {}  # by task id's worker: lease ids are per node
+        self._leases: dict[LeaseKey, HeldLease] = {}
+        self._lease_of: dict[bytes, LeaseKey] = {}  # by task
         self._dead_nodes: set[int] = set()
         self._numbers = itertools.count(1)
 
-    def submit(self, task: Task) -> None:
-        self._pending.setdefault(_encode(task.shape), deque()).append(task)
-        self._ask(task.shape)
+    def submit(self, *tasks: Task) -> None:
+        """Tasks of one shape."""
+        self._unfinished += len(tasks)
+        shape = tasks[0].shape
+        self._pending.setdefault(_encode(shape), deque()).extend(tasks)
+        self._ask(shape)
 
     @property
     def is_idle(self) -> bool:
-        return not any(self._pending.values()) and not any(lease.task for lease in self._leases.values())
+        return not self._unfinished
 
     def _ask(self, shape: Shape) -> None:
         key = _encode(shape)
         wanted = min(len(self._pending.get(key, ())), self.most_units)
-        asked = sum(units.count for units in self._units.values() if _encode(units.shape) == key)
+        asked = sum(units.count for units in self._units.values() if units.shape is shape or _encode(units.shape) == key)
         if wanted > asked:
             self._request(self.node, shape, wanted - asked, False)
 
@@ -421,7 +672,9 @@ class Owner:
 
     def receive(self, source: int, message: Any) -> bool:
         """True if the message was for an owner."""
-        if isinstance(message, LeaseGranted):
+        if isinstance(message, TaskReply):
+            self._replied(message)
+        elif isinstance(message, LeaseGranted):
             self._granted(source, message)
         elif isinstance(message, LeaseRedirected):
             units = self._answered(message.request_id)
@@ -434,16 +687,14 @@ class Owner:
             gone = self._units.pop(message.request_id, None)
             if gone is not None:
                 self.refused.append(message)
-                self._pending.pop(_encode(gone.shape), None)
+                self._unfinished -= len(self._pending.pop(_encode(gone.shape), ()))
                 self._check_idle()
         elif isinstance(message, LeaseRevoked):
-            self._lost(self._leases.pop((node_of(source), message.lease_id), None))  # type: ignore[call-overload]
+            self._lost(self._leases.pop((node_of(source), message.lease_id), None))
         elif isinstance(message, LeaseContended):
             for key, lease in list(self._leases.items()):
-                if lease.task is None:
+                if not lease.tasks:
                     self._give_back(key, lease)
-        elif isinstance(message, TaskReply):
-            self._replied(source, message)
         elif isinstance(message, NodeDied):
             self._node_died(message.node)
         else:
@@ -465,25 +716,31 @@ class Owner:
             self.process.send(raylet_address(node), ReturnLease(message.lease_id))
             return
         lease = HeldLease(message.lease_id, node, message.worker, units.shape)
-        self._leases[node, message.lease_id] = lease  # type: ignore[index]
+        self._leases[node, message.lease_id] = lease
         self._feed((node, message.lease_id), lease)
 
-    def _feed(self, key: Any, lease: HeldLease) -> None:
+    def _feed(self, key: LeaseKey, lease: HeldLease) -> None:
         pending = self._pending.get(_encode(lease.shape))
-        if not pending:
+        settings = self.process.simulator.settings
+        while pending:
+            task = pending[0]
+            ahead = 1 if task.children else min(settings.pipeline_tasks, int(settings.pipeline_s / (task.run_s + _CALL_S)))
+            if lease.tasks and (len(lease.tasks) >= ahead or any(other.children for other in lease.tasks.values())):
+                return
+            self._push(key, lease, pending.popleft())
+        if not lease.tasks:
             self._give_back(key, lease)
             self._trim(lease.shape)
-            return
-        lease.task = pending.popleft()
-        lease.task.attempts += 1
-        lease.task_id = self._minter.task_id()
-        self.process.simulator.running[lease.task_id] = lease.task
-        self.process.send(
-            lease.worker,
-            PushTask(lease.task_id, lease.task.attempts, b"", "task", b"", [], 1, lease_id=lease.lease_id),
-        )
 
-    def _give_back(self, key: Any, lease: HeldLease) -> None:
+    def _push(self, key: LeaseKey, lease: HeldLease, task: Task) -> None:
+        task.attempts += 1
+        task_id = self._minter.task_id()
+        lease.tasks[task_id] = task
+        self._lease_of[task_id] = key
+        self.process.simulator.running[task_id] = task
+        self.process.send(lease.worker, PushTask(task_id, task.attempts, b"", "task", b"", [], 1, lease_id=lease.lease_id))
+
+    def _give_back(self, key: LeaseKey, lease: HeldLease) -> None:
         del self._leases[key]
         self.process.send(raylet_address(lease.node), ReturnLease(lease.lease_id))
 
@@ -491,26 +748,31 @@ class Owner:
         """Nothing is left to run: take the requests back."""
         key = _encode(shape)
         for number, units in list(self._units.items()):
-            if _encode(units.shape) == key:
+            if units.shape is shape or _encode(units.shape) == key:
                 del self._units[number]
                 self.process.send(raylet_address(units.node), ResizeLeaseRequest(number, 0))
 
-    def _replied(self, source: int, message: TaskReply) -> None:
-        for key, lease in list(self._leases.items()):
-            if lease.worker == source and lease.task_id == message.task_id:
-                self.finished += 1
-                self.process.simulator.running.pop(message.task_id, None)
-                lease.task = None
-                self._feed(key, lease)
-                self._check_idle()
-                return
+    def _replied(self, message: TaskReply) -> None:
+        key = self._lease_of.pop(message.task_id, None)
+        lease = self._leases.get(key) if key is not None else None
+        if key is None or lease is None:
+            return  # it was lost, and runs again
+        del lease.tasks[message.task_id]
+        self.process.simulator.running.pop(message.task_id, None)
+        self.finished += 1
+        self._unfinished -= 1
+        self._feed(key, lease)
+        self._check_idle()
 
     def _lost(self, lease: HeldLease | None) -> None:
-        if lease is not None and lease.task is not None:
-            self.retries += 1
-            self.process.simulator.running.pop(lease.task_id, None)
-            self._pending.setdefault(_encode(lease.shape), deque()).append(lease.task)
-            self._ask(lease.shape)
+        if lease is None or not lease.tasks:
+            return
+        self.retries += len(lease.tasks)
+        for task_id, task in lease.tasks.items():
+            self._lease_of.pop(task_id, None)
+            self.process.simulator.running.pop(task_id, None)
+            self._pending.setdefault(_encode(lease.shape), deque()).append(task)
+        self._ask(lease.shape)
 
     def _node_died(self, node: int) -> None:
         self._dead_nodes.add(node)
@@ -534,6 +796,8 @@ class Owner:
 class Worker(Process):
     """Runs tasks or is an actor."""
 
+    most = 1  # it answers each task at once
+
     def __init__(self, simulator: Simulator, node: int, token: int, pid: int):
         super().__init__(simulator, simulator.next_address(node))
         self.node = node
@@ -542,6 +806,7 @@ class Worker(Process):
         self.actor: tuple[bytes, int] | None = None
         self.owner: Owner | None = None  # while a task with children runs
         self.status = 9
+        self._free_at = 0.0  # of tasks that it has
 
     def say_hello(self) -> None:
         if self.alive and self.simulator.raylets[self.node].alive:
@@ -554,11 +819,17 @@ class Worker(Process):
         simulator = self.simulator
         if isinstance(message, PushTask):
             task = simulator.running.get(message.task_id)
-            if task is not None:
-                simulator.after(task.run_s, lambda: self._ran(source, message, task))
+            if task is None:
+                return
+            if simulator.prices is None:
+                self._free_at = max(self._free_at, simulator.now) + task.run_s
+                simulator.at(self._free_at, lambda: self._ran(source, message, task))
+            else:
+                self._spent += task.run_s
+                self._ran(source, message, task)
         elif isinstance(message, InstallActor):
             self.actor = (message.spec.actor_id, message.attempt)
-            simulator.after(simulator.init_s, lambda: self._made(message))
+            simulator.work(self, simulator.init_s, lambda: self._made(message))
         elif isinstance(message, (Shutdown, TerminateActor)):
             self.send(raylet_address(self.node), ProcessLeaving("told to leave"))
             simulator.after(simulator.costs.lane_s, lambda: simulator.kill(self, 0))
@@ -641,8 +912,9 @@ class Driver(Process):
 
     def submit(self, count: int, resources: dict[str, float], run_s: float, children: int = 0, **rest: Any) -> None:
         assert self.owner is not None
-        for _ in range(count):
-            self.owner.submit(Task(self.shape(resources, **rest), run_s, children))
+        shape = self.shape(resources, **rest)
+        if count:
+            self.owner.submit(*(Task(shape, run_s, children) for _ in range(count)))
 
     def create_actor(self, **options: Any) -> bytes:
         number = next(self._numbers)
@@ -699,6 +971,13 @@ class Simulator:
         nodes: resources of each node.
         seed: of latencies, and of whatever the test draws from ``random``.
         keep_log: the states keep their event logs, for replay.
+        prices: of what takes time on a core; None: nothing does.
+        cores: of each host.
+        speed: of a core, as a share of the one where the prices were measured; below 1 where other programs use it too.
+        shared: all nodes are on one host.
+        aware: only so many nodes keep a view of the others. The rest are redirected to, and redirect nobody, so that it is
+            enough to count what news of other nodes costs them: ten thousand views of ten thousand nodes fit nowhere.
+        stopwatch: calls ``state.handle`` for the simulator, to measure it: (role, state, event, source, now) → its actions.
     """
 
     def __init__(
@@ -710,8 +989,23 @@ class Simulator:
         settings: Settings | None = None,
         keep_log: bool = False,
         arena_bytes: int = 1 << 30,
+        prices: Prices | None = None,
+        cores: int = 2,
+        speed: float = 1.0,
+        shared: bool = False,
+        aware: int = 1 << 16,
+        stopwatch: Callable[[str, Machine, Any, int, float], list[Action]] | None = None,
     ):
         self.now = 0.0
+        self.prices = prices
+        self.shared = shared
+        self.aware = aware
+        self.stopwatch = stopwatch
+        self._cores, self._speed = cores, speed
+        self._hosts: dict[int, Host] = {}
+        self._sized: tuple[Any, int] = (None, 0)
+        self._busy_lines: dict[tuple[int, bool], float] = {}
+        assert prices is not None or aware >= len(nodes), "who forgets the others must at least pay for the news of them"
         self.random = random.Random(seed)
         self.costs = costs or Costs()
         self.keep_log = keep_log
@@ -727,13 +1021,14 @@ class Simulator:
         self._last: dict[tuple[int, int], float] = {}
         self._lanes: dict[int, itertools.count[int]] = {}
         self._pids = itertools.count(1000)
-        self._settings = settings or Settings()
+        self.settings = settings or Settings()
         self._arena_bytes = arena_bytes
         self.raylets: dict[int, Raylet] = {}
+        self.links: dict[int, Link] = {}
         self.gcs = Gcs(self)
         self.gcs.start()
         for resources in nodes:
-            self.add_node(resources)
+            self.add_node(resources, boot_s=self.costs.boot_s)
 
     # -- time
 
@@ -763,6 +1058,14 @@ class Simulator:
 
     def post(self, source: int, destination: int, message: Any) -> None:
         local = node_of(source) == node_of(destination)
+        if self.prices is not None:
+            if local or not source:
+                self.hand_over(source, destination, message)
+            else:
+                link = self.links[node_of(source)]
+                if link.alive:
+                    link.carry(source, destination, message)
+            return
         latency = self.costs.lane_s if local else self.costs.network_s
         at = self.now + latency * (1.0 + self.costs.jitter * self.random.random())
         key = (source, destination)
@@ -780,12 +1083,73 @@ class Simulator:
         self.messages[type(message).__name__] += 1
         process.receive(source, message)
 
+    # -- prices
+
+    def work(self, process: Process, seconds: float, what: Callable[[], None]) -> None:
+        """``what`` after so much work of the process."""
+        if self.prices is None:
+            self.after(seconds, what)
+        else:
+            process.do_later(seconds, what)
+
+    def host_of(self, node: int) -> Host:
+        number = 0 if self.shared else node
+        if number not in self._hosts:
+            self._hosts[number] = Host(self, self._cores, self._speed)
+        return self._hosts[number]
+
+    def hand_over(self, source: int, destination: int, message: Any) -> None:
+        """Into the queue of a process of the same node, or of the link's own."""
+        process = self.processes.get(destination)
+        if process is None or not process.alive:
+            return
+        process.do_later(self._receive_price(message), lambda: self._deliver(source, destination, message))
+
+    def size_of(self, message: Any) -> int:
+        if self._sized[0] is not message:
+            self._sized = (message, len(encode(message)))
+        return self._sized[1]
+
+    def _receive_price(self, message: Any) -> float:
+        prices = self.prices
+        assert prices is not None
+        kind = type(message)
+        if kind is PushTask:
+            return prices.task_s
+        if kind is TaskReply:
+            return prices.reply_s
+        extra = prices.actor_s if kind is InstallActor else 0.0
+        return extra + prices.receive_s + self.size_of(message) * prices.receive_byte_s
+
+    def send_price(self, message: Any, *, again: bool) -> float:
+        """``again``: the same message to one more receiver; it is encoded once."""
+        prices = self.prices
+        assert prices is not None
+        kind = type(message)
+        if kind is PushTask:
+            return prices.submit_s
+        if kind is TaskReply:
+            return 0.0  # in the price of the task
+        size = self.size_of(message)
+        price = prices.send_s + size * prices.send_byte_s
+        return price if again else price + prices.encode_s + size * prices.encode_byte_s
+
+    def reserve_network(self, source: int, destination: int, size: int) -> float:
+        """When so many bytes will have left the one node and come to the other; each has a line out and a line in. On one host
+        all is memory, and only the receiving link's work counts."""
+        if self.shared:
+            return self.now + self.costs.network_s
+        out, into = (source, True), (destination, False)
+        start = max(self.now, self._busy_lines.get(out, 0.0), self._busy_lines.get(into, 0.0))
+        self._busy_lines[out] = self._busy_lines[into] = end = start + size / self.costs.bytes_per_s
+        return end + self.costs.network_s
+
     # -- who lives
 
     def next_address(self, node: int) -> int:
         return address_of(node, next(self._lanes.setdefault(node, itertools.count(16))), 1)
 
-    def add_node(self, resources: dict[str, float], labels: dict[str, str] | None = None) -> Raylet:
+    def add_node(self, resources: dict[str, float], labels: dict[str, str] | None = None, boot_s: float = 0.0) -> Raylet:
         node = len(self.raylets)
         config = NodeConfig(
             session="simulated",
@@ -797,11 +1161,15 @@ class Simulator:
             resources=resources,
             labels=labels or {},
             arena_bytes=self._arena_bytes,
-            settings=self._settings,
+            settings=self.settings,
         )
         raylet = Raylet(self, config)
         self.raylets[node] = raylet
-        raylet.start()
+        self.links[node] = raylet.link
+        if self.prices is None:
+            raylet.start()
+        else:
+            raylet.do_later(boot_s, raylet.start)
         return raylet
 
     def add_worker(self, node: int, token: int) -> Worker:
