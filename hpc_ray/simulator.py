@@ -136,7 +136,7 @@ class Prices(msgspec.Struct, frozen=True, kw_only=True):
     encode_byte_s: float = 0.0
     send_s: float = 0.0  # puts a message into a lane
     send_byte_s: float = 0.0
-    wake_s: float = 0.0  # passes until a process that sleeps on its lane runs
+    wake_s: float = 0.0  # a process that slept runs again: so much of a core, before anything else
     link_turn_s: float = 0.0  # a link looks at its lane and at MPI
     link_out_s: float = 0.0  # and takes a message out of the node
     link_in_s: float = 0.0  # or into it
@@ -213,6 +213,7 @@ class Process:
             self.awake = False
             self._in_turn = False
             self._spent = 0.0
+            self._waking_s = 0.0
             self._encoded: Any = None
 
     def send(self, destination: int, message: Any) -> None:
@@ -234,13 +235,18 @@ class Process:
     def do_later(self, seconds: float, what: Callable[[], None]) -> None:
         """When its turn comes; it will take so long, and what it sends meanwhile leaves at the end."""
         self.inbox.append((seconds, what))
+        self.wake()
+
+    def wake(self) -> None:
         if not self.awake:
             self.awake = True
             assert self.simulator.prices is not None
-            self.simulator.after(self.simulator.prices.wake_s, lambda: self.host.add(self))
+            self._waking_s = self.simulator.prices.wake_s
+            self.host.add(self)
 
     def take_turn(self) -> float:
-        self._in_turn, self._spent, self._encoded = True, self.turn_s, None
+        self._in_turn, self._spent, self._encoded = True, self.turn_s + self._waking_s, None
+        self._waking_s = 0.0
         for _ in range(min(self.most, len(self.inbox))):
             seconds, what = self.inbox.popleft()
             self._spent += seconds
@@ -544,9 +550,8 @@ class Link(Process):
             return
         quiet = simulator.now - self._quiet_since
         park = 0.0 if quiet < SPIN_S else FIRST_PARK_S if quiet < LIVELY_S else PARK_S if quiet < 1.0 else LONG_PARK_S
-        self.awake = True
-        self.inbox.append((seconds, what))
-        simulator.after(park * simulator.random.random(), lambda: self.host.add(self))
+        self._arrived.append((seconds, what))
+        simulator.after(park * simulator.random.random(), self.wake)
 
     def rest(self) -> None:
         """Nothing to do: the next look at MPI."""
@@ -563,9 +568,8 @@ class Link(Process):
         self.simulator.after(0.0 if quiet < SPIN_S else self._park, lambda: self._look(number))
 
     def _look(self, number: int) -> None:
-        if self.alive and not self.awake and number == self._sleeping:
-            self.awake = True
-            self.host.add(self)
+        if self.alive and number == self._sleeping:
+            self.wake()
 
     # -- objects
 
@@ -618,6 +622,7 @@ class HeldLease:
         self.worker = worker
         self.shape = shape
         self.tasks: dict[bytes, Task] = {}  # sent, not answered
+        self.idle_since = 0.0
 
 
 _encode = msgspec.msgpack.Encoder(order="sorted").encode
@@ -651,7 +656,11 @@ class Owner:
         """Tasks of one shape."""
         self._unfinished += len(tasks)
         shape = tasks[0].shape
-        self._pending.setdefault(_encode(shape), deque()).extend(tasks)
+        key = _encode(shape)
+        self._pending.setdefault(key, deque()).extend(tasks)
+        for held, lease in list(self._leases.items()):
+            if not lease.tasks and _encode(lease.shape) == key:
+                self._feed(held, lease)
         self._ask(shape)
 
     @property
@@ -729,8 +738,18 @@ class Owner:
                 return
             self._push(key, lease, pending.popleft())
         if not lease.tasks:
-            self._give_back(key, lease)
             self._trim(lease.shape)
+            simulator = self.process.simulator
+            if simulator.prices is None:
+                self._give_back(key, lease)
+            else:
+                lease.idle_since = simulator.now
+                simulator.after(settings.lease_idle_s, lambda: self._tired(key, lease))
+
+    def _tired(self, key: LeaseKey, lease: HeldLease) -> None:
+        idle_s = self.process.simulator.now - lease.idle_since
+        if self._leases.get(key) is lease and not lease.tasks and idle_s >= self.process.simulator.settings.lease_idle_s:
+            self._give_back(key, lease)
 
     def _push(self, key: LeaseKey, lease: HeldLease, task: Task) -> None:
         task.attempts += 1

@@ -1,0 +1,223 @@
+"""What things cost on this machine, for the simulator: ``costs.py --out FILE``, run by ``bench.scale`` as a script.
+
+- lanes: messages sent and received through shared memory, as the roles do it, and a process that is woken;
+- the deciding halves: each event of the real GCS and raylet states in simulated clusters of several sizes, timed;
+- links: two of them over MPI (``links.py``);
+- owners, workers, actors, nodes: processor time in a real session (``virtual.py``), on one node; of a node's start, on two and four.
+
+Processor time, not elapsed time, so that other programs disturb little.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import time
+from collections import defaultdict
+from pathlib import Path
+from typing import Any
+
+import scenes
+
+from hpc_ray import _core
+from hpc_ray.launcher import world
+from hpc_ray.protocol import ReportResources, decode, encode
+from hpc_ray.simulator import Costs, Prices, units_of
+
+HERE = Path(__file__).parent
+SIZES = (2, 16, 100, 1000)
+
+
+def per_call(what: Any, count: int, rounds: int = 9) -> float:
+    """Processor seconds of one call; the median of some rounds."""
+    found = []
+    for _ in range(rounds):
+        begin = time.thread_time()
+        for _ in range(count):
+            what()
+        found.append((time.thread_time() - begin) / count)
+    return statistics.median(found)
+
+
+def lanes() -> dict[str, float]:
+    segment = _core.Segment(node=0, arena_bytes=1 << 26)
+    us, them = segment.open_lane(20), segment.open_lane(21)
+    small = ReportResources(3, 7, {"CPU": 20_000, "memory": 10**13}, {"CPU": 10_000, "memory": 10**13}, [])
+    large = ReportResources(3, 7, {f"CPU_group_{i:032}": 10_000 for i in range(200)}, {}, [])
+    data, more = encode(small), encode(large)
+    size, extra = len(data), len(more) - len(data)
+
+    def send(payload: bytes) -> float:
+        def some() -> None:
+            for _ in range(50):
+                us.send(them.address, payload)
+            them.receive(0)
+
+        return per_call(some, 40) / 50
+
+    def turn() -> None:
+        us.send(them.address, data)
+        them.receive(0)
+
+    both, both_large = send(data), send(more)
+    decode_small, decode_large = per_call(lambda: decode(data), 2000), per_call(lambda: decode(more), 500)
+    found = {
+        "encode_s": per_call(lambda: encode(small), 2000),
+        "encode_byte_s": max(0.0, per_call(lambda: encode(large), 500) - per_call(lambda: encode(small), 2000)) / extra,
+        "send_s": both / 2,
+        "send_byte_s": max(0.0, both_large - both) / extra / 2,
+        "receive_s": both / 2 + decode_small,
+        "receive_byte_s": max(0.0, (both_large - both) / 2 + decode_large - decode_small) / extra,
+        "turn_s": max(0.0, per_call(turn, 1000) - both) + per_call(time.monotonic, 1000) * 3,
+    }
+    found["bytes_of_a_message"] = size
+    them.close(0)
+    us.close(0)
+    found["wake_s"] = woken()
+    return found
+
+
+def woken(rounds: int = 2000) -> float:
+    """Processor time of a process that sleeps on its lane, runs, and sleeps again, besides what it does."""
+    segment = _core.Segment(node=0, arena_bytes=1 << 26)
+    us = segment.open_lane(20)
+    pid = os.fork()
+    if pid == 0:
+        try:
+            them = segment.open_lane(21)
+            us_address = _core.make_address(0, 20, 1)
+            them.send(us_address, b"ready")
+            begin, turns, got = time.thread_time(), 0, 0
+            while got < rounds:
+                got += len(them.receive(5.0))
+                turns += 1
+            spent = (time.thread_time() - begin) / turns
+            them.send(us_address, repr(spent).encode())
+            them.close(1)
+        finally:
+            os._exit(0)
+    while not us.receive(1.0):
+        pass
+    them_address = _core.make_address(0, 21, 1)
+    for _ in range(rounds):
+        us.send(them_address, b"x")
+        time.sleep(0.0005)
+    answer = us.receive(5.0)
+    os.waitpid(pid, 0)
+    assert answer, "the process that was woken did not answer"
+    us.close(0)
+    return float(answer[0][1])
+
+
+class Stopwatch:
+    """Times the states: role → class of event → (units, seconds)."""
+
+    def __init__(self) -> None:
+        self.found: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(lambda: [0.0, 0.0]))
+
+    def __call__(self, role: str, state: Any, event: Any, source: int, now: float) -> list[Any]:
+        begin = time.thread_time_ns()
+        actions = state.handle(event, source, now)
+        spent = time.thread_time_ns() - begin
+        entry = self.found[role][type(event).__name__]
+        entry[0] += units_of(event, actions)
+        entry[1] += spent / 1e9
+        return actions
+
+
+def states(sizes: tuple[int, ...], note: Any = lambda text: None) -> dict[str, dict[str, list[list[float]]]]:
+    """Each event of the real states, in clusters of these sizes."""
+    prices: dict[str, dict[str, list[list[float]]]] = defaultdict(lambda: defaultdict(list))
+    for nodes in sizes:
+        watch = Stopwatch()
+        costs = Costs(jitter=0.0, boot_s=0.1, detect_s=0.01)
+        cluster = scenes.Cluster(nodes, costs, GUESS, stopwatch=watch)
+        begin = time.perf_counter()
+        scenes.play(cluster, list(scenes.SCENES), {"local": {"each": 50}, "spread": {"tasks": 500}})
+        note(f"states of {nodes} nodes: {time.perf_counter() - begin:.0f} s")
+        for role, kinds in watch.found.items():
+            whole = [sum(entry[i] for entry in kinds.values()) for i in (0, 1)]
+            for kind, (units, spent) in {**kinds, "other": whole}.items():
+                prices[role][kind].append([nodes, spent / units])
+    return prices
+
+
+GUESS = Prices(
+    events={role: {"other": [[1, 5e-6]]} for role in ("gcs", "raylet")},
+    receive_s=2e-6,
+    encode_s=1e-6,
+    send_s=1e-6,
+    wake_s=5e-6,
+    turn_s=2e-6,
+    link_turn_s=2e-6,
+    link_out_s=5e-7,
+    link_in_s=7e-7,
+    link_chunk_s=3e-6,
+    submit_s=1e-5,
+    reply_s=6e-6,
+    task_s=8e-6,
+    actor_s=3e-4,
+)
+
+
+def run(command: list[str]) -> dict[str, Any]:
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False, env=world.under_root(dict(os.environ)))
+    lines = [line for line in done.stdout.splitlines() if line.startswith("{")]
+    if not lines:
+        raise RuntimeError(f"{' '.join(command)} said nothing; its last words: {done.stderr[-500:]}")
+    found: dict[str, Any] = json.loads(lines[-1])
+    return found
+
+
+def links() -> dict[str, float]:
+    line = [world.find_mpirun().path, "-n", "2", "--bind-to", "none", "--map-by", "slot:OVERSUBSCRIBE"]
+    found = run([*line, sys.executable, "-P", str(HERE / "links.py")])
+    many = found["many"]
+    each = [(found["many_s"][i] - found["one_s"][i]) / (many - 1) for i in (0, 1)]
+    chunk = [found["one_s"][i] - each[i] for i in (0, 1)]
+    return {"link_out_s": each[0], "link_in_s": each[1], "link_chunk_s": sum(chunk) / 2, "link_look_s": found["empty_s"]}
+
+
+def session(nodes: int, *arguments: str) -> dict[str, Any]:
+    rows: dict[str, Any] = run([sys.executable, "-P", str(HERE / "virtual.py"), "--nodes", str(nodes), *arguments])["rows"]
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--out", required=True)
+    parser.add_argument("--sizes", default=",".join(map(str, SIZES)))
+    arguments = parser.parse_args()
+
+    def note(text: str) -> None:
+        print(text, file=sys.stderr, flush=True)
+
+    found: dict[str, Any] = {"lanes": lanes(), "links": links()}
+    note("lanes and links are measured")
+    one = [session(1, "--actors", "48") for _ in range(3)]
+    note("one node is measured")
+
+    def middle(row: str, kind: str) -> float:
+        return statistics.median(rows[row]["cpu"].get(kind, 0.0) for rows in one)
+
+    starts = {nodes: session(nodes, "--only", "start") for nodes in (2, 4)}
+    cpu = {nodes: sum(rows["start"]["cpu"].values()) for nodes, rows in starts.items()}
+    object_cpu = session(2, "--only", "broadcast")["broadcast"]
+    found["session"] = {
+        "task": {kind: middle("spread", kind) for kind in ("driver", "worker", "raylet", "gcs")},
+        "actor": {kind: middle("actors", kind) for kind in ("driver", "worker", "fork_server", "raylet", "gcs")},
+        "start_s": {1: statistics.median(rows["start"]["value"] for rows in one), **{n: r["start"]["value"] for n, r in starts.items()}},
+        "start_cpu_s": {1: sum(middle("start", kind) for kind in one[0]["start"]["cpu"]), **cpu},
+        "object": object_cpu,
+    }
+    note("nodes are measured")
+    found["events"] = states(tuple(map(int, arguments.sizes.split(","))), note)
+    Path(arguments.out).write_text(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,272 @@
+"""What ``bench.scale`` predicts, measured on virtual nodes of this machine: ``virtual.py --nodes 4``. Run by the runner as a script.
+
+Prints one line of JSON: the rows, the processor time of each kind of process in each phase, and how much of the machine other
+programs left to them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import signal
+import statistics
+import sys
+import time
+from collections import defaultdict
+from pathlib import Path
+
+import psutil
+
+import hpc_ray as ray
+from hpc_ray import api
+from hpc_ray.ids import GCS_ADDRESS
+from hpc_ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+
+def cpu_s(pid: int) -> float:
+    """Processor time of all threads of a process, in seconds; finer than the clock's ticks."""
+    total = 0
+    with contextlib.suppress(OSError, ValueError):
+        for path in Path(f"/proc/{pid}/task").iterdir():
+            with contextlib.suppress(OSError, ValueError):
+                total += int((path / "schedstat").read_text().split()[0])
+    return total / 1e9
+
+
+def kind_of(process: psutil.Process) -> str:
+    name = process.name()
+    if name.startswith("hpc_ray::"):
+        name = name.removeprefix("hpc_ray::")
+        return name if name in ("gcs", "raylet") else "worker"
+    line = " ".join(process.cmdline())
+    return "link" if "launcher.link" in line else "fork_server" if "launcher.node" in line else "launcher"
+
+
+class Phase:
+    """Seconds, and processor time by kind of process, between ``with`` and its end."""
+
+    def __enter__(self) -> Phase:
+        self.before = self._look()
+        self.busy = self._machine()
+        self.begin = time.perf_counter()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.seconds = time.perf_counter() - self.begin
+        after, busy = self._look(), self._machine()
+        self.cpu: dict[str, float] = defaultdict(float)
+        for pid, (kind, spent) in after.items():
+            self.cpu[kind] += spent - self.before.get(pid, (kind, 0.0))[1]
+        cores = os.cpu_count() or 1
+        others = max(0.0, busy - self.busy - sum(self.cpu.values()))
+        self.free = max(0.1, 1 - others / (cores * self.seconds))  # of the machine, to whoever measures
+
+    def _look(self) -> dict[int, tuple[str, float]]:
+        own = psutil.Process()
+        found = {own.pid: ("driver", cpu_s(own.pid))}
+        for process in own.children(recursive=True):
+            with contextlib.suppress(psutil.Error):
+                found[process.pid] = (kind_of(process), cpu_s(process.pid))
+        return found
+
+    @staticmethod
+    def _machine() -> float:
+        """Processor time that all programs have had, and what a hypervisor has kept."""
+        ticks = [int(word) for word in Path("/proc/stat").read_text().splitlines()[0].split()[1:]]
+        return (sum(ticks) - ticks[3] - ticks[4]) / os.sysconf("SC_CLK_TCK")
+
+    def told(self) -> dict:
+        return {"seconds": self.seconds, "free": self.free, "cpu": dict(self.cpu)}
+
+
+def nothing() -> None:
+    return None
+
+
+@ray.remote(num_cpus=0)
+class Submitter:
+    """A program on a node: submits tasks to its own node."""
+
+    def __init__(self) -> None:
+        here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+        self.task = ray.remote(num_cpus=1)(nothing).options(scheduling_strategy=here)
+
+    def submit(self, count: int) -> None:
+        ray.get([self.task.remote() for _ in range(count)])
+
+    def size_of(self, value: object) -> int:
+        return len(value)  # type: ignore[arg-type]
+
+    def fork_server(self) -> int:
+        return os.getppid()
+
+
+@ray.remote(num_cpus=0, scheduling_strategy="SPREAD")
+class Nothing:
+    def ready(self) -> None:
+        return None
+
+
+def events() -> dict[str, int]:
+    return api.ensure_connected().query(GCS_ADDRESS, "statistics")["events"]
+
+
+def settle() -> None:
+    """Until workers that were just started or ended use no more processor time."""
+    for _ in range(40):
+        with Phase() as phase:
+            time.sleep(0.25)
+        if phase.cpu["worker"] + phase.cpu["fork_server"] < 0.02:
+            return
+
+
+def local_tasks(rows: dict, submitters: list, tasks: int, seconds: float) -> None:
+    each = max(20, tasks // len(submitters))
+    ray.get([one.submit.remote(each) for one in submitters])  # how long it runs is known then
+    rates, cpu, free, messages, begin = [], defaultdict(float), [], 0, time.perf_counter()
+    done = 0
+    while time.perf_counter() - begin < seconds:
+        before = sum(events().values())
+        with Phase() as phase:
+            ray.get([one.submit.remote(each) for one in submitters])
+        messages += sum(events().values()) - before - 1
+        rates.append(each * len(submitters) / phase.seconds)
+        free.append(phase.free)
+        done += each * len(submitters)
+        for kind, spent in phase.cpu.items():
+            cpu[kind] += spent
+    rows["local"] = {
+        "value": statistics.median(rates),
+        "each": each,
+        "free": statistics.median(free),
+        "cpu": {kind: spent / done for kind, spent in cpu.items()},
+        "gcs_messages_per_task": messages / done,
+    }
+
+
+def spread_tasks(rows: dict, tasks: int, seconds: float) -> None:
+    task = ray.remote(num_cpus=1)(nothing).options(scheduling_strategy="SPREAD")
+    ray.get([task.remote() for _ in range(tasks)])
+    rates, cpu, free, done, begin = [], defaultdict(float), [], 0, time.perf_counter()
+    while time.perf_counter() - begin < seconds:
+        with Phase() as phase:
+            ray.get([task.remote() for _ in range(tasks)])
+        rates.append(tasks / phase.seconds)
+        free.append(phase.free)
+        done += tasks
+        for kind, spent in phase.cpu.items():
+            cpu[kind] += spent
+    rows["spread"] = {
+        "value": statistics.median(rates),
+        "tasks": tasks,
+        "free": statistics.median(free),
+        "cpu": {kind: spent / done for kind, spent in cpu.items()},
+    }
+
+
+def create_actors(rows: dict, count: int, rounds: int) -> None:
+    found = []
+    for _ in range(rounds):
+        settle()
+        before = events()
+        with Phase() as phase:
+            actors = [Nothing.remote() for _ in range(count)]
+            ray.get([actor.ready.remote() for actor in actors])
+        after = events()
+        gained = sum(after.values()) - sum(before.values())
+        found.append((count / phase.seconds, phase.free, gained / count, gained / phase.seconds, phase))
+        for actor in actors:
+            ray.kill(actor)
+    found.sort(key=lambda one: one[0])
+    rate, free, each, per_s, phase = found[len(found) // 2]
+    rows["actors"] = {
+        "value": rate,
+        "count": count,
+        "free": free,
+        "gcs_messages_per_actor": each,
+        "gcs_messages_per_s": per_s,
+        "gcs_core": phase.cpu["gcs"] / phase.seconds,
+        "cpu": {kind: spent / count for kind, spent in phase.cpu.items()},
+    }
+
+
+def broadcast(rows: dict, submitters: list, size: int, rounds: int) -> None:
+    found = []
+    for number in range(rounds):
+        value = ray.put(bytes([number]) * size)
+        with Phase() as phase:
+            assert set(ray.get([one.size_of.remote(value) for one in submitters])) == {size}
+        found.append((phase.seconds, phase.free, phase))
+        del value
+        time.sleep(0.3)
+    found.sort(key=lambda one: one[0])
+    seconds, free, phase = found[len(found) // 2]
+    rows["broadcast"] = {"value": seconds, "size": size, "free": free, "cpu": dict(phase.cpu)}
+
+
+@ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=-1)
+class Survivor:
+    def where(self) -> int:
+        return os.getppid()
+
+
+def recover(rows: dict, submitters: list, nodes: list) -> None:
+    """A node dies that has an actor: until the actor answers from another one."""
+    there = NodeAffinitySchedulingStrategy(nodes[-1], soft=True)
+    survivor = Survivor.options(scheduling_strategy=there).remote()
+    victim = ray.get(submitters[-1].fork_server.remote())
+    assert ray.get(survivor.where.remote()) == victim
+    settle()
+    with Phase() as phase:
+        os.kill(victim, signal.SIGKILL)
+        ray.get(survivor.where.remote())
+        while ray.get(survivor.where.remote()) == victim:  # it answered before it knew that it was dead
+            pass
+    rows["recovery"] = {"value": phase.seconds, "free": phase.free, "cpu": dict(phase.cpu)}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--nodes", type=int, default=1)
+    parser.add_argument("--seconds", type=float, default=1.5)
+    parser.add_argument("--tasks", type=int, default=4000)
+    parser.add_argument("--actors", type=int, default=32)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--size", type=int, default=64 << 20)
+    parser.add_argument("--only", default="local,spread,actors,broadcast,recovery", help="rows besides the start")
+    arguments = parser.parse_args()
+    rows: dict = {}
+    options = {"num_cpus": 1, "include_dashboard": False, "log_to_driver": False, "object_store_memory": 6 * arguments.size}
+    with Phase() as phase:
+        if arguments.nodes == 1:
+            ray.init(address="local", **options)
+        else:
+            ray.init(address="local", num_nodes=arguments.nodes, **options)
+        ray.get(ray.remote(nothing).remote())
+    rows["start"] = {"value": phase.seconds, "free": phase.free, "cpu": dict(phase.cpu)}
+    nodes = [node["NodeID"] for node in ray.nodes()]
+    at = [NodeAffinitySchedulingStrategy(node, soft=False) for node in nodes]
+    submitters = [Submitter.options(scheduling_strategy=one).remote() for one in at]
+    servers = ray.get([one.fork_server.remote() for one in submitters])
+    assert len(set(servers)) == arguments.nodes
+    settle()
+    wanted = arguments.only.split(",")
+    if "local" in wanted:
+        local_tasks(rows, submitters, arguments.tasks, arguments.seconds)
+    if "spread" in wanted:
+        spread_tasks(rows, arguments.tasks, arguments.seconds)
+    if "actors" in wanted:
+        create_actors(rows, arguments.actors, arguments.rounds)
+    if "broadcast" in wanted and arguments.nodes > 1:
+        broadcast(rows, submitters, arguments.size, arguments.rounds)
+    if "recovery" in wanted and arguments.nodes > 1:
+        settle()
+        recover(rows, submitters, nodes)
+    print(json.dumps({"nodes": arguments.nodes, "rows": rows}), flush=True)
+    ray.shutdown()
+
+
+if __name__ == "__main__":
+    sys.exit(main())
