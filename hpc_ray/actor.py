@@ -17,8 +17,8 @@ from hpc_ray.client.tasks import Function, Task, Template
 from hpc_ray.dag.class_node import ClassNode, bind_method
 from hpc_ray.exceptions import ActorAlreadyExistsError, ActorHandleNotFoundError
 from hpc_ray.ids import GCS_ADDRESS, ActorID
-from hpc_ray.options import METHOD_OPTIONS, amounts, check_actor, check_method, shape_of
-from hpc_ray.protocol import ActorSpec, Dependency
+from hpc_ray.options import METHOD_OPTIONS, amounts, check_actor, check_method, check_returns, gang_of, shape_of
+from hpc_ray.protocol import ActorSpec, Dependency, Gang, Shape
 from hpc_ray.remote_function import Changed, Signature, check_generator, export, yields
 from hpc_ray.session import ensure_connected
 
@@ -94,7 +94,8 @@ class ActorMethod:
         if client is not context.client:
             handle._connect()
             client = handle._client
-        return client.actors.call(handle._link, template, args, kwargs)
+        made = client.actors.call(handle._link, template, args, kwargs)
+        return [made] if template.listed else made
 
     def bind(self, *args: Any, **kwargs: Any) -> Any:
         """A node of a task graph: this call, to be made by ``execute``; several nodes if it has several return values.
@@ -155,7 +156,10 @@ class ActorHandle:
     def _make_template(self, name: str, options: dict[str, Any]) -> Template:
         marked = {**self._methods[name][1], **{key: value for key, value in options.items() if value is not None}}
         generator = marked.get(_GENERATOR, False)
-        check_generator(marked.get("num_returns"), generator, name)
+        returns, ranks = marked.get("num_returns"), self._defaults.get("mpi_ranks")
+        check_returns(ranks, returns)
+        check_generator(returns, generator, name)
+        listed = returns == "per_rank" and ranks == 1
         retry = marked.get("retry_exceptions") or False
         extras: dict[str, Any] = {}
         if retry:
@@ -168,15 +172,18 @@ class ActorHandle:
             extras["backpressure"] = limit
         if marked.get("name"):
             extras["task_name"] = marked["name"]
+        if listed:
+            extras["single"] = True
         return Template(
             _NO_FUNCTION,
             name,
             None,
-            num_returns=code_of(marked.get("num_returns"), generator),
+            num_returns=code_of(ranks if returns == "per_rank" else returns, generator),
             max_retries=self._defaults.get("max_task_retries", 0) if retries is None else retries,
             retry_exceptions=bool(retry),
             extras=serialize.dumps(extras) if extras else b"",
             limited=limit > 0,
+            listed=listed,
         )
 
     def __getattr__(self, name: str) -> ActorMethod:
@@ -303,6 +310,14 @@ class ActorClass:
         free_order = bool(out_of_order) if out_of_order is not None else is_async or concurrency > 1 or bool(groups)
         actor_id = os.urandom(12) + client.job_id
         defaults = {"max_task_retries": task_retries, "out_of_order": free_order}
+        ranks = options.get("mpi_ranks")
+        gang: Gang | None = None
+        shape: Shape | None = None
+        if ranks:
+            _check_methods(cls)
+            gang, shape = gang_of(f"{cls.__name__}()", options, client)
+            running = placed = shape.resources
+            defaults["mpi_ranks"] = ranks
         if options.get("max_pending_calls"):
             defaults["max_pending_calls"] = options["max_pending_calls"]
         detached = _is_detached(options.get("lifetime"), client)
@@ -314,7 +329,8 @@ class ActorClass:
             client.make_ready([entry for _, entry in task.dependencies])
         with client.lock:
             dependencies = client.packer.resolve(task)
-        shape = shape_of(running, options, client)
+        if shape is None:
+            shape = shape_of(running, options, client)
         spec = ActorSpec(
             actor_id,
             cls.__name__,
@@ -340,6 +356,7 @@ class ActorClass:
             max_pending_calls=defaults.get("max_pending_calls", -1),
             handle=serialize.dumps(description),
             creation_task_id=task.id,
+            gang=gang,
         )
         scope = None if detached else client.actors.new_scope(actor_id)
         answer = client.actors.create(spec, task, bool(options.get("get_if_exists")))
@@ -426,6 +443,16 @@ def _method_table(cls: type) -> dict[str, tuple[list | None, dict[str, Any]]]:
         name: (Signature.of(function, skip).parameters, {**getattr(function, _MARK, {}), **_kind(function)})
         for name, (function, skip) in _functions(cls).items()
     }
+
+
+def _check_methods(cls: type) -> None:
+    """Raises ValueError for methods that a gang cannot have."""
+    for name, (function, _) in _functions(cls).items():
+        if inspect.iscoroutinefunction(function) or yields(function):
+            raise ValueError(
+                f"{cls.__name__} cannot be a gang: its ranks run each method to its end, in one order, and {name} "
+                f"{'yields' if yields(function) else 'is asynchronous'}"
+            )
 
 
 def _kind(function: Any) -> dict[str, Any]:

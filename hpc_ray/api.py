@@ -21,9 +21,12 @@ from hpc_ray.session import ensure_connected
 def remote(*args: Any, **options: Any) -> Any:
     """Make a function remote, or a class an actor: ``@remote``, ``@remote(num_cpus=2)`` or ``remote(f)``.
 
-    Besides Ray's options a function can have ``mpi_ranks``. Then a call runs on so many MPI ranks of one node at once, each with the
-    arguments of the call and the CPUs and GPUs that the options ask for, and ``mpi_comm()`` is their communicator. The value is the
-    list of what they return, by rank; with ``num_returns="per_rank"``, or their number, there is a reference for each.
+    Besides Ray's options a function or a class can have ``mpi_ranks``. Then each call runs on so many MPI ranks at once, each with the
+    arguments of the call and the CPUs (1, if nothing is said) and GPUs that the options ask for, and ``mpi_comm()`` is their
+    communicator. The value is the list of what they return, by rank; with ``num_returns="per_rank"``, or their number, there is a
+    reference for each. The ranks lie on one node if one is large enough, else on as few as have room, and all start or none;
+    ``mpi_ranks_per_node=2`` puts two on each. A class has an instance on each rank. A call that fails on a rank fails; its actor goes
+    on if all ranks come back from the call within ``gang_grace_s`` (1 s), and has crashed if not, or if a rank dies.
 
     Raises:
         TypeError: neither a Python function nor a class, or an option of the wrong type.

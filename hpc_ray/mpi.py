@@ -1,7 +1,7 @@
 """MPI inside of a session: the communicator of a gang, and MPI programs as tasks.
 
-A gang is a remote function with the option ``mpi_ranks``: it runs on so many MPI ranks at once, each of which gets the same arguments.
-All of its ranks are on one node.
+A gang is a remote function or an actor class with the option ``mpi_ranks``: it runs on so many MPI ranks at once, each of which gets
+the same arguments. They are on one node if one has room for all, else on several; ``mpi_ranks_per_node`` says how they shall lie.
 """
 
 from __future__ import annotations
@@ -13,12 +13,14 @@ from typing import Any, NamedTuple
 from hpc_ray.api import cancel, get
 from hpc_ray.client import context
 from hpc_ray.client.refs import ObjectRef
-from hpc_ray.options import check_task
+from hpc_ray.client.rooms import Room
+from hpc_ray.protocol import Gang
 from hpc_ray.remote_function import RemoteFunction
 
 
 def mpi_comm() -> Any:
-    """The communicator of the gang whose rank the calling code is: an ``mpi4py.MPI.Intracomm``, made for this call alone.
+    """The communicator of the gang whose rank the calling code is: an ``mpi4py.MPI.Intracomm``, made for this call alone, or for this
+    actor.
 
     Raises:
         RuntimeError: the caller is no rank of a gang.
@@ -60,6 +62,7 @@ class MPIRun:
         command: Sequence[str],
         *,
         ranks: int,
+        ranks_per_node: int | None = None,
         num_cpus: float = 1,
         env: Mapping[str, str] | None = None,
         cwd: str | os.PathLike | None = None,
@@ -71,14 +74,14 @@ class MPIRun:
         words = [os.fspath(word) for word in command]
         if not all(isinstance(word, str) for word in words):
             raise TypeError(f"the words of the command must be strings or paths, not {command!r}")
-        check_task({"mpi_ranks": ranks, "num_cpus": num_cpus})
-        wish = {"num_cpus": ranks * num_cpus, "name": os.path.basename(words[0]), "max_retries": 0, **options}
-        step = RemoteFunction(_run, wish)
-        step.needs = ranks
-        return step.remote(words, ranks, dict(env or {}), None if cwd is None else os.fspath(cwd))
+        wish = {"mpi_ranks": ranks, "mpi_ranks_per_node": ranks_per_node, "num_cpus": num_cpus}
+        step = RemoteFunction(_run, {**wish, "name": os.path.basename(words[0]), "max_retries": 0, **options})
+        step.leads = False
+        step.prepare()
+        return step.remote(words, step.gang, dict(env or {}), None if cwd is None else os.fspath(cwd))
 
 
-def _run(command: list[str], ranks: int, variables: dict[str, str], folder: str | None) -> MPIResult:
+def _run(command: list[str], gang: Gang, variables: dict[str, str], folder: str | None) -> MPIResult:
     """The task."""
     import subprocess
     import time
@@ -89,17 +92,21 @@ def _run(command: list[str], ranks: int, variables: dict[str, str], folder: str 
     assert client is not None
     pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
     began = time.time()
-    process = steps.start(ranks, command, client.config, variables, cwd=folder, text=True, errors="replace", **pipes)
+    room = Room.take(client, gang) if gang.spread else Room.here(client, gang, dict(context.instances))
     try:
-        out, err = process.communicate()
+        process = steps.start(room.hosts, command, client.config, variables, cwd=folder, text=True, errors="replace", **pipes)
+        try:
+            out, err = process.communicate()
+        finally:
+            steps.end(process, began)
     finally:
-        steps.end(process, began)
+        room.give_back()
     return MPIResult(process.returncode, out, err)
 
 
 mpi_run = MPIRun()
-mpi_run.__doc__ = """Run an MPI program as a task: a job step of ``ranks`` ranks on one node, by the mpirun beside the installed MPI.
-Blocks until it has ended.
+mpi_run.__doc__ = """Run an MPI program as a task: a job step of ``ranks`` ranks, by the mpirun beside the installed MPI. They are on one
+node if one has room for all, else on several. Blocks until it has ended.
 
 ``mpi_run(["./solver", "mesh.dat"], ranks=8)``; ``mpi_run.remote(...)`` gives a reference instead, at once. The program's end, however it
 comes about, is nobody else's, and a task that is cancelled or killed takes its program along.
@@ -107,15 +114,16 @@ comes about, is nobody else's, and a task that is cancelled or killed takes its 
 Args:
     command: the program and its arguments. It is started in the folder of the worker, which is that of the driver.
     ranks: how many.
+    ranks_per_node: how many on each node; None: as few nodes as have room.
     num_cpus: that each rank takes; 0: the node's CPUs are not counted.
     env: variables, above those of the worker.
     cwd: another folder.
-    options: more options of tasks, like ``resources`` or ``scheduling_strategy``.
+    options: more options of tasks, like ``num_gpus`` or ``resources`` (of each rank), or ``scheduling_strategy``.
 
 Returns:
     MPIResult: ``returncode``, ``stdout``, ``stderr``. A program that fails raises nothing.
 
 Raises:
-    ValueError, TypeError: an argument that cannot be; more ranks than any node has CPUs for.
+    ValueError, TypeError: an argument that cannot be; more ranks than the nodes have CPUs for.
     RayTaskError: of LaunchError: no MPI is installed.
 """

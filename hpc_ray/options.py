@@ -15,7 +15,8 @@ from hpc_ray import packing
 from hpc_ray.client import context
 from hpc_ray.client.client import Client
 from hpc_ray.ids import GCS_ADDRESS
-from hpc_ray.protocol import UNIT, Resources, Shape, Strategy
+from hpc_ray.protocol import UNIT, Gang, Resources, Shape, Strategy
+from hpc_ray.scheduling import matches
 from hpc_ray.util.scheduling_strategies import (
     NodeAffinitySchedulingStrategy,
     NodeLabelSchedulingStrategy,
@@ -148,6 +149,8 @@ _COMMON: dict[str, Check] = {
     "placement_group_capture_child_tasks": _optional(_typed(bool, "a bool")),
     "label_selector": _optional(_labels),
     "name": _optional(_name),
+    "mpi_ranks": _optional(_integer(1)),
+    "mpi_ranks_per_node": _optional(_integer(1)),
     "_metadata": _optional(_typed(dict, "a dict")),
     "enable_task_events": _typed(bool, "a bool"),
 }
@@ -157,7 +160,6 @@ _TASK: dict[str, Check] = {
     "max_retries": _optional(_integer(0, (-1,))),
     "retry_exceptions": _optional(_retry_exceptions),
     "max_calls": _optional(_integer(0)),
-    "mpi_ranks": _optional(_integer(1)),
     "_generator_backpressure_num_objects": _optional(_integer(1, (-1,))),
 }
 _ACTOR: dict[str, Check] = {
@@ -202,6 +204,11 @@ def check_task(options: dict[str, Any]) -> None:
 def check_actor(options: dict[str, Any]) -> None:
     """Raises TypeError or ValueError for options that an actor cannot have."""
     _check("actors", _ACTOR, options)
+    _check_gang(options)
+    if options.get("mpi_ranks"):
+        for name in ("max_concurrency", "concurrency_groups", "allow_out_of_order_execution"):
+            if options.get(name) not in (None, 1, False, {}):
+                raise ValueError(f"{name} is not for gangs: each of their calls runs on all ranks, one after the other")
     _check_group(options)
     _check_gpus(options)
     if options.get("get_if_exists") and not options.get("name"):
@@ -221,20 +228,31 @@ def _check_group(options: dict[str, Any]) -> None:
         raise ValueError("give the placement group with the scheduling_strategy, not besides it in the option placement_group")
 
 
-def _check_gang(options: dict[str, Any]) -> None:
-    ranks, returns = options.get("mpi_ranks"), options.get("num_returns")
+def check_returns(ranks: int | None, returns: Any) -> None:
+    """Raises ValueError for a ``num_returns`` that a gang, or what is none, cannot have."""
     if ranks is None:
         if returns == "per_rank":
             raise ValueError('num_returns="per_rank" is for gangs: give mpi_ranks as well')
-        return
-    if returns not in (None, 0, 1, ranks, "per_rank"):
+    elif returns not in (None, 0, 1, ranks, "per_rank"):
         raise ValueError(
             f'num_returns of a gang must be 1 (a list of what its ranks return), mpi_ranks={ranks} or "per_rank" (a reference for '
             f"each), or 0; it is {returns!r}"
         )
-    gpus = (options.get("num_gpus") or 0) * ranks
-    if gpus != int(gpus):
-        raise ValueError(f"num_gpus={options['num_gpus']} for each of {ranks} ranks makes {gpus:g} GPUs; it must be a whole number")
+
+
+def _check_gang(options: dict[str, Any]) -> None:
+    ranks, per_node = options.get("mpi_ranks"), options.get("mpi_ranks_per_node")
+    check_returns(ranks, options.get("num_returns"))
+    if ranks is None:
+        if per_node is not None:
+            raise ValueError("mpi_ranks_per_node says how the ranks of a gang lie: give mpi_ranks as well")
+        return
+    each = options.get("num_gpus") or 0
+    counts = {ranks} if per_node is None else {min(ranks, per_node), ranks % per_node}
+    for count in counts:
+        if each * count != int(each * count):
+            where = "" if per_node is None else " of a node"
+            raise ValueError(f"num_gpus={each} for each of {count} ranks{where} makes {each * count:g} GPUs; it must be a whole number")
 
 
 def _check_gpus(options: dict[str, Any]) -> None:
@@ -262,19 +280,63 @@ def led_by_one(shape: Shape, ranks: int) -> Shape:
     return msgspec.structs.replace(shape, runtime_env=json.dumps({**fields, "_mpi_ranks": ranks}, sort_keys=True))
 
 
-def check_room(name: str, shape: Shape, ranks: int, client: Client) -> None:
-    """Raises ValueError where no node is large enough for ``ranks`` that need ``shape`` together. Asks the GCS."""
-    if shape.group_id or not shape.resources:  # a bundle's size has been checked
-        return
-    totals = [node["total"] for node in client.query(GCS_ADDRESS, "nodes") if node["alive"]]
-    room = max((min(total.get(key, 0) * ranks // amount for key, amount in shape.resources.items()) for total in totals), default=0)
-    if room >= ranks:
-        return
-    each = ", ".join(f"{amount / ranks / UNIT:g} {key}" for key, amount in shape.resources.items())
+def gang_of(name: str, options: dict[str, Any], client: Client, default_cpus: float = 1) -> tuple[Gang, Shape]:
+    """How the ranks of a gang lie, and the lease that its leader needs: that of all ranks, or none where they are on several nodes
+    and have a placement group. Asks the GCS.
+
+    Raises:
+        ValueError: the nodes are too small, or the options fit only what lies on one node.
+    """
+    ranks, per_node = options["mpi_ranks"], options.get("mpi_ranks_per_node") or 0
+    each = amounts(options, default_cpus)
+    single = options.get("num_returns") == "per_rank" and ranks == 1
+    gang = Gang(ranks, each, options.get("num_gpus") or 0, per_node, single)
+    shape = shape_of({key: amount * ranks for key, amount in each.items()}, options, client)
+    strategy = shape.strategy
+    if shape.group_id or strategy.kind == "NODE":
+        if per_node and per_node < ranks:
+            raise ValueError(
+                f"{name} shall have {per_node} of its {ranks} MPI ranks on each node, so it takes a placement group of its own; it "
+                "cannot be in another one, or have a NodeAffinitySchedulingStrategy"
+            )
+        return gang, shape
+    nodes = [node for node in client.query(GCS_ADDRESS, "nodes") if node["alive"] and matches(node["labels"], strategy.hard_labels)]
+    rooms = sorted((room_for(each, node["total"], ranks) for node in nodes), reverse=True)
+    if not lies_on_several(name, ranks, per_node, each, rooms):
+        return gang, shape
+    if strategy.soft_labels:
+        raise ValueError(f"{name} needs several nodes for its {ranks} MPI ranks, and these can have hard labels only")
+    spread = msgspec.structs.replace(gang, spread=True, even=strategy.kind == "SPREAD", labels=strategy.hard_labels)
+    return spread, msgspec.structs.replace(shape, resources={}, strategy=Strategy())
+
+
+def room_for(each: Resources, total: Resources, ranks: int) -> int:
+    """How many of the ranks a node can hold."""
+    return min((total.get(key, 0) // amount for key, amount in each.items()), default=ranks)
+
+
+def lies_on_several(name: str, ranks: int, per_node: int, each: Resources, rooms: list[int]) -> bool:
+    """Whether a gang needs more than one node. ``rooms``: how many ranks each node can hold, the largest first.
+
+    Raises:
+        ValueError: the nodes are too few or too small.
+    """
+    largest = rooms[0] if rooms else 0
+    if largest >= ranks and (not per_node or per_node >= ranks):
+        return False
+    if per_node:
+        counts = [min(per_node, ranks - first) for first in range(0, ranks, per_node)]
+        if len(counts) <= len(rooms) and all(room >= count for room, count in zip(rooms, counts, strict=False)):
+            return True
+    elif sum(rooms) >= ranks:
+        return True
+    what = ", ".join(f"{amount / UNIT:g} {key}" for key, amount in each.items()) or "nothing"
+    layout = f", {per_node} on each node" if per_node else ""
+    found = ", ".join(map(str, rooms[:8])) + (", …" if len(rooms) > 8 else "")
     raise ValueError(
-        f"{name} shall have {ranks} MPI ranks with {each} each, all on one node, and the largest of the {len(totals)} nodes has room for "
-        f"{room}. Start larger nodes, as with init(num_cpus={ranks}) or hpc-ray run --num-cpus {ranks}, or let ranks share CPUs: "
-        f"num_cpus is what each takes, and may be 0.5 or 0"
+        f"{name} shall have {ranks} MPI ranks with {what} each{layout}, and there is room for {sum(rooms)}: {found or 'none'} on "
+        f"{len(rooms)} node{'s' * (len(rooms) != 1)}. Start larger nodes, as with init(num_cpus={ranks}) or hpc-ray run --num-cpus "
+        f"{ranks}, or more of them, or let ranks share CPUs: num_cpus is what each takes, and may be 0.5 or 0"
     )
 
 

@@ -62,6 +62,19 @@ class Shape(msgspec.Struct, frozen=True, array_like=True, gc=False):
     capture_children: bool = False
 
 
+class Gang(msgspec.Struct, frozen=True, array_like=True, gc=False):
+    """The MPI ranks that a task or an actor has."""
+
+    ranks: int
+    each: Resources  # of a rank
+    gpus: float = 0  # of a rank
+    per_node: int = 0  # ranks on each node; 0: as few nodes as have room
+    single: bool = False  # one rank, whose result is not in a list
+    spread: bool = False  # on several nodes, in a placement group of its own
+    even: bool = False  # without ``per_node``: rather many nodes than few
+    labels: dict[str, Any] = {}  # that the nodes must have
+
+
 class LeaseRefusal(enum.IntEnum):
     UNSCHEDULABLE = 0  # e.g. hard affinity to a node that is gone
     GROUP_REMOVED = 1
@@ -126,6 +139,7 @@ class ActorSpec(msgspec.Struct, frozen=True, array_like=True):
     creation_task_id: bytes = b""
     call_site: str = ""
     logging: str = ""  # LoggingConfig as JSON
+    gang: Gang | None = None
 
 
 class ActorState(enum.IntEnum):
@@ -826,6 +840,14 @@ class ActorInitFailed(Message, tag=79):
     cause: DeathCause
 
 
+class ActorFailed(Message, tag=100):
+    """worker → GCS: the actor's process cannot go on, and why; end it as if it had crashed. Answer: none, it is ended."""
+
+    actor_id: bytes
+    attempt: int
+    text: str
+
+
 class StopActor(Message, tag=80):
     """GCS → raylet: end that worker. ``force``: by SIGKILL; otherwise after the calls it already has."""
 
@@ -939,6 +961,25 @@ class Values(Message, tag=110):
     inbox: bytes  # which graph or group, at the receiver
     number: int  # graph: of the execution; group: see util.collective.members
     values: list[Dependency]  # slot: graph: which value; group: the sender's rank
+
+
+class RankHere(Message, tag=98):
+    """rank of a gang → worker that leads it: once when it has attached to its node, and once when it can be called (``number`` is no
+    longer -1) or cannot (``error``). Answer: none."""
+
+    step: int  # which of those that this worker has started
+    pid: int
+    worker_id: bytes
+    number: int = -1  # its rank
+    hostname: str = ""
+    files: list[str] = []  # in shared memory, which MPI removes only if it is finalized
+    error: str = ""
+
+
+class LeaveGang(Message, tag=99):
+    """worker → rank of its gang: no more calls come; finalize MPI and go, or go ``at_once``. Answer: none."""
+
+    at_once: bool = False
 
 
 class FollowLogs(Message, tag=95):

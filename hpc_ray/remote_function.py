@@ -14,7 +14,8 @@ from hpc_ray.client.client import Client
 from hpc_ray.client.streams import code_of
 from hpc_ray.client.tasks import Function, Template
 from hpc_ray.dag.function_node import FunctionNode
-from hpc_ray.options import amounts, check_room, check_task, led_by_one, shape_of
+from hpc_ray.options import amounts, check_task, gang_of, led_by_one, shape_of
+from hpc_ray.protocol import Gang
 from hpc_ray.session import ensure_connected
 
 
@@ -104,7 +105,8 @@ class RemoteFunction:
         self._function = function
         self._options = options
         self._ranks = options.get("mpi_ranks")  # of a gang
-        self.needs = self._ranks  # the ranks that must have room on one node
+        self.leads = True  # its ranks run the function; False: the function starts them
+        self.gang: Gang | None = None  # once it is prepared
         if self._ranks and yields(function):
             raise ValueError(f"a gang cannot yield, and {function.__name__} does: return a list instead")
         self._per_rank = options.get("num_returns") == "per_rank"
@@ -144,17 +146,24 @@ class RemoteFunction:
         """A node of a task graph: this call, to be made by ``execute``. See ``hpc_ray.dag``."""
         return FunctionNode(self, args, kwargs, self._options)
 
-    def _submit(self, args: tuple, kwargs: dict) -> Any:
+    def prepare(self) -> Client:
+        """What is done once in a session, and again in another placement group. May block."""
         client = context.client
         if client is None or client is not self._client or context.captured != self._captured:
             self._prepare(ensure_connected())
             client = self._client
             assert client is not None
+        return client
+
+    def _submit(self, args: tuple, kwargs: dict) -> Any:
+        client = context.client
+        if client is None or client is not self._client or context.captured != self._captured:
+            client = self.prepare()
         self._signature.check(args, kwargs)
         template = self._template
         assert template is not None
         made = client.tasks.submit(template, args, kwargs)
-        return [made] if self._per_rank and self._ranks == 1 else made
+        return [made] if template.listed else made
 
     def _prepare(self, client: Client) -> None:
         """Everything that is the same for each call in this session."""
@@ -171,19 +180,13 @@ class RemoteFunction:
         limit = options.get("_generator_backpressure_num_objects") or 0
         if limit > 0:
             extras["backpressure"] = limit
-        wanted = amounts(options, 1)
         if self._ranks:
-            extras["gang"] = {
-                "ranks": self._ranks,
-                "gpus": options.get("num_gpus") or 0,
-                "single": self._per_rank and self._ranks == 1,
-            }
-            wanted = {name: amount * self._ranks for name, amount in wanted.items()}
-        shape = shape_of(wanted, options, client)
-        if self._ranks:
-            shape = led_by_one(shape, self._ranks)
-        if self.needs:
-            check_room(f"{options.get('name') or self._function.__name__}()", shape, self.needs, client)
+            self.gang, shape = gang_of(f"{options.get('name') or self._function.__name__}()", options, client)
+            if self.leads:
+                extras["gang"] = self.gang
+                shape = led_by_one(shape, self._ranks)
+        else:
+            shape = shape_of(amounts(options, 1), options, client)
         self._template = Template(
             self._exported,
             options.get("name") or self._function.__name__,
@@ -193,6 +196,7 @@ class RemoteFunction:
             retry_exceptions=bool(retry_exceptions),
             extras=serialize.dumps(extras) if extras else b"",
             limited=limit > 0,
+            listed=self._per_rank and self._ranks == 1,
         )
         self._client = client
         self._captured = context.captured

@@ -1,48 +1,51 @@
-"""Job steps below a worker: MPI programs that a task starts on its node, with the mpirun beside the installed MPI.
+"""Job steps below a worker: MPI programs that a task starts, with the mpirun beside the installed MPI.
 
-Relied on by ``worker.gangs`` (the ranks of a gang) and ``mpi_step`` (programs of the user). A step is an MPI job of its own: it shares
+Relied on by ``worker.gangs`` (the ranks of a gang) and ``mpi_run`` (programs of the user). A step is an MPI job of its own: it shares
 neither launcher nor fate with the job that the session itself may be.
 
 STEP-1 (its death is its own): whatever happens in a step ends at most the step.
 STEP-2 (nothing left): the step ends with the worker. ``end`` has mpirun end its ranks; whoever is killed instead leaves processes that
-carry the worker's mark, which the fork server ends.
+carry the worker's mark, which the fork server ends. On other hosts ranks end with the daemon that mpirun has there.
 """
 
 from __future__ import annotations
 
-import contextlib
-import json
 import os
-import selectors
 import signal
-import socket
 import subprocess
-import time
-from typing import Any, NamedTuple
+from itertools import groupby
+from typing import Any
 
 from hpc_ray.config import NodeConfig
 from hpc_ray.exceptions import LaunchError
-from hpc_ray.launcher import channel, session, world
+from hpc_ray.launcher import session, world
 
 RANK_VARIABLE = "HPC_RAY_RANK"  # JSON for ``worker.rank``
-_LOOK_S = 0.1
 _END_S = 3.0  # for mpirun to end its ranks, before it is killed
 
 
-def start(ranks: int, command: list[str], config: NodeConfig, variables: dict[str, str], **options: Any) -> subprocess.Popen:
-    """Starts ``mpirun -n ranks command`` on this host, ``options`` as for Popen.
+def start(hosts: list[str], command: list[str], config: NodeConfig, variables: dict[str, str], **options: Any) -> subprocess.Popen:
+    """Starts ``command`` by mpirun, a rank on each of ``hosts``; ranks on one host stand together. ``options`` as for Popen.
 
     Raises:
         LaunchError: no MPI is installed, or its mpirun cannot be run.
     """
-    world.check_ranks(ranks)
     mpirun = world.find_mpirun()
-    environment = world.own_host_environment()
+    groups = [(name, len(list(ranks))) for name, ranks in groupby(hosts)]
+    if [name for name, _ in groups] == [config.hostname]:
+        world.check_ranks(len(hosts))
+        environment = world.own_host_environment()
+        extra: list[str] = []
+        passed: tuple[str, ...] = ()
+    else:
+        environment = world.hosts_environment()
+        extra = world.on_hosts(mpirun, groups)
+        passed = (RANK_VARIABLE, session.SESSION_VARIABLE, *variables)
     environment[session.SESSION_VARIABLE] = config.session
     environment[session.NODE_VARIABLE] = str(config.node)
     environment["PRTE_MCA_prte_tmpdir_base"] = config.session_dir  # what Open MPI leaves there when it is killed goes with the session
     environment.update(variables)
-    line = world.mpirun_command(mpirun, ranks, command, passed=())
+    line = world.mpirun_command(mpirun, len(hosts), command, extra, passed=tuple(dict.fromkeys(passed)))
     try:
         return subprocess.Popen(line, env=environment, stdin=subprocess.DEVNULL, **options)
     except OSError as error:
@@ -58,99 +61,23 @@ def end(process: subprocess.Popen, began: float) -> None:
     except subprocess.TimeoutExpired:
         pass
     finally:
-        if process.poll() is None:
-            process.kill()
-            process.wait()
+        kill(process)
         if process.returncode:
             session.remove_abandoned(began)
 
 
-class Rank(NamedTuple):
-    """A rank of a gang's step, as it has introduced itself."""
-
-    connection: socket.socket  # its end is the rank's
-    address: int
-    worker_id: bytes
-    pid: int
-    files: list[str]  # in shared memory, which MPI removes only if it is finalized
+def kill(process: subprocess.Popen) -> None:
+    """At once."""
+    if process.poll() is None:
+        process.kill()
+        process.wait()
 
 
-class Step:
-    """The ranks of a gang: processes that have attached to this node and wait for work.
-
-    Raises:
-        LaunchError: they did not come up; says why.
-    """
-
-    def __init__(self, size: int, command: list[str], config: NodeConfig, note: dict[str, Any], variables: dict[str, str]):
-        self.size = size
-        self.calls = 0  # that its ranks were given
-        self.ranks: list[Rank] = []
-        listener, name = world.listen()
-        text = json.dumps({**note, "control": name, "size": size, "session": config.session, "node": config.node})
-        self.began = time.time()
-        self.process = start(size, command, config, {RANK_VARIABLE: text, **variables})
+def kill_rank(pid: int, files: list[str]) -> None:
+    """Makes sure that a rank of this host is gone, and what MPI would have removed."""
+    if RANK_VARIABLE.encode() in session.environment_of(pid):
         try:
-            with listener:
-                self._gather(listener, config.settings.start_timeout_s)
-        except BaseException:
-            self.end()
-            raise
-
-    def _gather(self, listener: socket.socket, timeout_s: float) -> None:
-        """All at once: none gets through MPI_Init before the others have come."""
-        deadline = time.monotonic() + timeout_s
-        found: dict[int, Rank] = {}
-        with contextlib.ExitStack() as opened, selectors.DefaultSelector() as awaited:
-            awaited.register(listener, selectors.EVENT_READ)
-            while len(found) < self.size:
-                ready = awaited.select(_LOOK_S)
-                for key, _ in ready:
-                    if key.fileobj is listener:
-                        connection = opened.enter_context(listener.accept()[0])
-                        if channel.peer_user(connection)[1] == os.getuid():
-                            awaited.register(connection, selectors.EVENT_READ, connection)
-                        continue
-                    awaited.unregister(key.fileobj)
-                    hello, _ = channel.receive_note(key.data)
-                    if hello is None or "error" in hello:
-                        raise LaunchError((hello or {}).get("error") or "a rank ended while it started; see what it printed")
-                    who = bytes.fromhex(hello["worker_id"]), hello["pid"], hello["files"]
-                    found[hello["rank"]] = Rank(key.data, hello["address"], *who)
-                if not ready:
-                    self._check_start(len(found), deadline, timeout_s)
-            opened.pop_all()
-        self.ranks = [found[rank] for rank in range(self.size)]
-
-    def _check_start(self, came: int, deadline: float, timeout_s: float) -> None:
-        code = self.process.poll()
-        if code is not None:
-            raise LaunchError(f"mpirun ended with {code} before its {self.size} ranks were up; see what it printed")
-        if time.monotonic() > deadline:
-            raise LaunchError(f"{came} of {self.size} ranks came up within {timeout_s:g} s (HPC_RAY_START_TIMEOUT_S)")
-
-    def is_up(self) -> bool:
-        return self.process.poll() is None
-
-    def leave(self, timeout_s: float) -> None:
-        """In order: the ranks finalize MPI and go; what has not gone by then is ended."""
-        for rank in self.ranks:
-            with contextlib.suppress(OSError):
-                channel.send_note(rank.connection, {"end": True})
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            self.process.wait(timeout_s)
-        self.end()
-
-    def end(self) -> None:
-        """At once; mpirun first, so that it has nothing to say about its ranks."""
-        if self.process.poll() is None:
-            self.process.kill()
-            self.process.wait()
-        for rank in self.ranks:
-            rank.connection.close()  # at which it leaves, unless it never lets go of the interpreter
-            if RANK_VARIABLE.encode() in session.environment_of(rank.pid):
-                with contextlib.suppress(OSError):
-                    os.kill(rank.pid, signal.SIGKILL)
-            session.remove_files(rank.files)
-        if self.process.returncode:
-            session.remove_abandoned(self.began)
+            os.kill(pid, signal.SIGKILL)
+        except OSError:
+            pass
+    session.remove_files(files)

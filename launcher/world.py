@@ -180,6 +180,18 @@ def own_host_environment() -> dict[str, str]:
     return {name: text for name, text in variables.items() if not name.startswith("SLURM_")}  # else it would use the allocation
 
 
+def hosts_environment() -> dict[str, str]:
+    """For an mpirun that shall start ranks on several hosts of those that this session has: it may use the allocation, and a Slurm step
+    that it starts the CPUs of the step that the session is."""
+    return {**under_root(session.scrubbed_environment()), "SLURM_OVERLAP": "1"}
+
+
+def on_hosts(mpirun: MPIRun, groups: list[tuple[str, int]]) -> list[str]:
+    """The arguments that have mpirun start so many ranks on each host, in this order; a pure function."""
+    names = ",".join(f"{name}:{count}" for name, count in groups)
+    return ["-hosts", names] if mpirun.family == "mpich" else ["--host", names]
+
+
 def check_ranks(ranks: int) -> None:
     """Raises ConfigurationError where so many ranks cannot be meant for this host."""
     cpus = host.cpu_count()

@@ -87,7 +87,18 @@ class Function:
 class Template:
     """What all calls of one remote function with the same options share."""
 
-    __slots__ = ("extras", "function", "limited", "max_retries", "name", "num_returns", "retry_exceptions", "shape", "shape_key")
+    __slots__ = (
+        "extras",
+        "function",
+        "limited",
+        "listed",
+        "max_retries",
+        "name",
+        "num_returns",
+        "retry_exceptions",
+        "shape",
+        "shape_key",
+    )
 
     def __init__(
         self,
@@ -100,6 +111,7 @@ class Template:
         retry_exceptions: bool = False,
         extras: bytes = b"",
         limited: bool = False,
+        listed: bool = False,
     ):
         self.function = function
         self.name = name
@@ -107,6 +119,7 @@ class Template:
         self.shape_key = encode(shape) if shape is not None else b""
         self.num_returns = num_returns  # or STREAMING, DYNAMIC
         self.limited = limited  # a stream that waits for its consumer
+        self.listed = listed  # its one reference comes in a list: that of a gang's only rank
         self.max_retries = max_retries
         self.retry_exceptions = retry_exceptions
         self.extras = extras

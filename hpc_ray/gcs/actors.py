@@ -19,6 +19,7 @@ from hpc_ray.ids import node_of, raylet_address
 from hpc_ray.machine import Table, handles
 from hpc_ray.protocol import (
     ActorCreated,
+    ActorFailed,
     ActorInfo,
     ActorInitFailed,
     ActorOutOfScope,
@@ -227,6 +228,13 @@ class Actors(Part):
         if actor is not None:
             self._stop(actor, event.cause.text or "its __init__ failed")
             self.bury_actor(actor, event.cause)
+
+    @handles(ActorFailed)
+    def on_actor_failed(self, event: ActorFailed, source: int) -> None:
+        actor = self._current(event.actor_id, event.attempt)
+        if actor is not None:
+            self._stop(actor, event.text)
+            self._process_gone(actor, DeathCause("CRASHED", event.text, pid=actor.record.pid))
 
     def _set_address(self, actor: Actor, address: int) -> None:
         if actor.record.address != address:

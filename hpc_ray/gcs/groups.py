@@ -10,6 +10,7 @@ GROUP-4 (answered): whoever waits for a group is answered when it is CREATED or 
 from __future__ import annotations
 
 import enum
+from collections.abc import Callable
 from typing import Any
 
 import msgspec
@@ -74,6 +75,7 @@ class Group(msgspec.Struct):
     attempt: int = 0
     nodes: dict[int, int] = {}  # bundle → node, once committed
     created_before: bool = False  # what it falls back to: RESCHEDULING rather than PENDING
+    owned: bool = False  # it goes with its creator
 
 
 class Attempt:
@@ -92,6 +94,7 @@ class Groups(Part):
         self.groups: dict[bytes, Group] = {}
         self.group_names: dict[tuple[str, str], bytes] = {}
         self.waiting_groups: dict[bytes, None] = {}
+        self.owned_groups: dict[bytes, None] = {}
         self._warned_groups: set[bytes] = set()  # waiting ones whose maker knows that they can never fit
         self.removed_group_ids: dict[bytes, None] = {}
         self._attempts: dict[bytes, Attempt] = {}
@@ -114,11 +117,13 @@ class Groups(Part):
         detached: bool = False,
         job_id: bytes = b"",
         labels: list[dict[str, Any]] | None = None,
+        owned: bool = False,
     ) -> None:
-        """Amounts in 1/UNIT; ``labels``: one selector for each bundle, or none."""
+        """Amounts in 1/UNIT; ``labels``: one selector for each bundle, or none. An ``owned`` group goes with the process that asks, and
+        may have bundles of nothing: places on nodes."""
         if strategy not in STRATEGIES:
             raise ValueError(f"no placement strategy {strategy!r}; there are {', '.join(STRATEGIES)}")
-        if not bundles or any(not any(bundle.values()) for bundle in bundles):
+        if not bundles or (not owned and any(not any(bundle.values()) for bundle in bundles)):
             raise ValueError(f"a placement group needs bundles that are not empty, not {bundles}")
         if group_id in self.groups:
             return
@@ -127,9 +132,11 @@ class Groups(Part):
                 raise ValueError(f"the placement group name {name!r} is taken in namespace {namespace!r}")
             self.group_names[namespace, name] = group_id
         creator = self.asker[0]
-        group = Group(group_id, bundles, strategy, name, namespace, detached, job_id, labels or [], creator)
+        group = Group(group_id, bundles, strategy, name, namespace, detached, job_id, labels or [], creator, owned=owned)
         self.groups[group_id] = group
         self.waiting_groups[group_id] = None
+        if owned:
+            self.owned_groups[group_id] = None
         self._save_group(group, f"asked for: {strategy}, {len(bundles)} bundles")
         if not self.stopping:
             self._try(group)  # for the others nothing has changed
@@ -317,6 +324,10 @@ class Groups(Part):
         self.tell_raylets(GroupRemoved(group.group_id))
         self.end_actors_of_group(group.group_id)
         self._answer_waiters(group)
+        if group.owned:  # nobody asks for it any more
+            del self.owned_groups[group.group_id], self.groups[group.group_id]
+            self.journal("group", group.group_id, None)
+            return
         self.removed_group_ids[group.group_id] = None
         if len(self.removed_group_ids) > MAX_REMOVED_GROUPS:
             oldest = next(iter(self.removed_group_ids))
@@ -327,6 +338,11 @@ class Groups(Part):
         for group in list(self.groups.values()):
             if group.job_id == job_id and not group.detached:
                 self.remove_group(group)
+
+    def remove_groups_of_owner(self, gone: Callable[[int], bool]) -> None:
+        for group_id in list(self.owned_groups):
+            if gone(self.groups[group_id].creator):
+                self.remove_group(self.groups[group_id])
 
     def _answer_waiters(self, group: Group) -> None:
         for source, request_id in self._waiters.pop(group.group_id, {}):
@@ -356,6 +372,8 @@ class Groups(Part):
             return
         if group.name:
             self.group_names[group.namespace, group.name] = group.group_id
+        if group.owned:
+            self.owned_groups[group.group_id] = None
         if group.state in (GroupState.PENDING, GroupState.RESCHEDULING):
             self.waiting_groups[group.group_id] = None
 

@@ -73,6 +73,7 @@ class GcsState(Nodes, Jobs, Actors, Groups, Keys):
         self.actor_owner_died(address, f"its owner died: {cause.text}" if cause.text else "its owner died")
         self.drop_subscriber(address)
         self.drop_group_waiter(lambda asker: asker == address)
+        self.remove_groups_of_owner(lambda creator: creator == address)
         self.finish_jobs_where(lambda driver: driver == address, f"the driver ended: {cause.text}")
 
     def node_lost(self, node: int, node_id: bytes, text: str) -> None:
@@ -83,6 +84,7 @@ class GcsState(Nodes, Jobs, Actors, Groups, Keys):
             self.drop_subscriber(process)
         self.drop_group_waiter(lambda asker: node_of(asker) == node)
         self.groups_lose_node(node)
+        self.remove_groups_of_owner(lambda creator: node_of(creator) == node)
         self.finish_jobs_where(lambda driver: node_of(driver) == node, f"the driver's node died: {text}")
 
     # -- questions

@@ -108,6 +108,10 @@ class Bundles(Leases):
     def on_group_removed(self, event: GroupRemoved, source: int) -> None:
         self.drop_group(event.group_id)
 
+    def query_bundle_instances(self, group_id: bytes) -> dict[str, Instances]:
+        """Bundle → its accelerators, of a group that is created; keys as text, for the way."""
+        return {str(bundle.index): bundle.instances for bundle in self._of(group_id)}
+
     def finish_releases(self, group_id: bytes) -> None:
         """Give room back once nobody uses the group here any more (BUNDLE-3)."""
         going = [bundle for bundle in self._of(group_id) if bundle.state is BundleState.RELEASING]

@@ -331,6 +331,9 @@ class Executor:
                 if gang is not None:
                     called = now_ns()
                     value = self.gangs.run(task, gang)
+                elif task.actor_id and self.host.crew is not None:
+                    called = now_ns()
+                    value = self.host.crew.run(task)
                 else:
                     args, kwargs, loans = self.arguments(task)
                     called = now_ns()

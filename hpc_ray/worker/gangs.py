@@ -1,72 +1,202 @@
-"""Gangs: tasks that run on several MPI ranks at once.
+"""Gangs: tasks and actors that run on several MPI ranks at once.
 
-A gang is an ordinary task with the resources of all its ranks. So it waits for them, all or nothing, in the raylet's queue, and is
-cancelled, retried and listed as any other task. The worker that it is given, the leader, starts a job step of that many ranks
-(``launcher.steps``), sends each the call as it came, and returns what they return. The ranks are processes of the node like others:
-arguments and results travel through lanes and arena, and never through the leader's heap on the way in.
+A gang is an ordinary task or actor. So it is cancelled, retried, restarted, killed and listed as any other. On one node its lease has the
+resources of all ranks; over several nodes it takes a placement group (``client.rooms``). The worker that it is given, the leader, has
+mpirun start the ranks as a job step (``launcher.steps``), sends each the call as it came, and returns what they return. Each rank
+attaches to the node that its resources are on, as a process like others: it and its leader hear from one another through lanes and
+links, and arguments and results never go through the leader's heap on the way in.
 
 GANG-1 (answered): each rank's call is answered by its reply or by its end; the first failure is the gang's. That another rank has ended,
 as MPI tells a rank, is no failure yet: the news of that end follows, with who it was.
-GANG-2 (clean): the ranks of a step serve another call only if all of them have returned from this one; after any failure, the
-leader ends the step, and the next call gets a new one.
-GANG-3 (a failure is not waited for): when a rank has failed, the others are interrupted, and have ``gang_grace_s`` to come back.
+GANG-2 (clean): the ranks of a step serve another task only if all of them have returned from this one; after any failure, the
+leader ends the step, and the next task gets a new one.
+GANG-3 (a failure is not waited for): when a rank of a task has failed, the others are interrupted, and have ``gang_grace_s`` to come back.
+GANG-4 (one actor): the ranks of an actor live and die together. A call that fails on some ranks leaves the actor alive only if
+all of them come back from it within ``gang_grace_s``, uninterrupted; else, or if a rank ends, the actor has crashed.
 """
 
 from __future__ import annotations
 
 import atexit
 import contextlib
+import itertools
+import json
+import os
+import subprocess
 import sys
 import threading
+import time
 from typing import TYPE_CHECKING, Any
 
 import msgspec
 
+from hpc_ray import serialize
 from hpc_ray.client import context
 from hpc_ray.client.client import Waiter
 from hpc_ray.client.objects import ERROR
 from hpc_ray.client.records import now_ns
 from hpc_ray.client.refs import ObjectRef
+from hpc_ray.client.rooms import Instances, Room
 from hpc_ray.client.tasks import Function, Task, Template
-from hpc_ray.exceptions import GangError, MPIError, RayError, TaskCancelledError
-from hpc_ray.ids import TaskID
-from hpc_ray.launcher.steps import Rank, Step
-from hpc_ray.protocol import CancelTask, PushTask, TaskReply, UseLease
-from hpc_ray.serialize import loads
+from hpc_ray.exceptions import AsyncioActorExit, GangError, LaunchError, MPIError, RayError, TaskCancelledError
+from hpc_ray.ids import GCS_ADDRESS, TaskID
+from hpc_ray.launcher import session, steps
+from hpc_ray.protocol import (
+    ActorFailed,
+    ActorSpec,
+    CancelTask,
+    Dependency,
+    Gang,
+    LeaveGang,
+    PushTask,
+    RankHere,
+    Shape,
+    TaskReply,
+    UseLease,
+)
 
 if TYPE_CHECKING:
     from hpc_ray.worker.executor import Executor
 
 _COMMAND = [sys.executable, "-P", "-m", "hpc_ray.worker.rank"]
+_LOOK_S = 0.1
 _LEAVE_S = 5.0  # for MPI to be finalized
+_KILLED_S = 10.0  # for the raylet to end an actor that has failed
 _MOST_CALLS = 500  # of one step: each has used a communicator, of which MPICH has 2000
+_serial = itertools.count(1)
 
 
 class GangFailed(Exception):
-    """Carries the error that the caller shall see."""
+    """Carries the error that the caller shall see. ``settled``: all ranks have come back nevertheless."""
 
-    def __init__(self, failure: RayError):
+    def __init__(self, failure: RayError, settled: bool):
         super().__init__(failure)
         self.failure = failure
+        self.settled = settled
 
 
 class Seat:
     """A rank, as the process that a task was sent to."""
 
-    def __init__(self, rank: Rank):
-        self.worker = rank.address
-        self.worker_id = rank.worker_id
-        self.pid = rank.pid
+    def __init__(self, address: int, message: RankHere):
+        self.worker = address
+        self.worker_id = message.worker_id
+        self.pid = message.pid
+        self.hostname = message.hostname
+        self.files = message.files
+
+
+class Step:
+    """The ranks of a gang: processes that have attached to their nodes and wait for calls.
+
+    Raises:
+        LaunchError: they did not come up; says why.
+    """
+
+    def __init__(self, gangs: Gangs, room: Room):
+        self.client = gangs.client
+        self.nodes = room.nodes
+        self.size = len(room.nodes)
+        self.calls = 0  # that its ranks were given
+        self.number = next(_serial)
+        self.present: set[int] = set()  # addresses of those that have attached
+        self.seats: dict[int, Seat] = {}  # those that can be called, by rank
+        self.error = ""
+        self.arrived = Waiter(self.size)  # done when all can be called, or one cannot
+        client, config = self.client, self.client.config
+        note = {
+            "step": self.number,
+            "leader": client.address,
+            "nodes": self.nodes,
+            "session": config.session,
+            "host": config.hostname,
+            "path": sys.path,
+            "runtime_env": context.runtime_env,
+        }
+        self.began = time.time()
+        variables = {}
+        if gangs.executor.visible_gpus is not None:
+            variables["CUDA_VISIBLE_DEVICES"] = gangs.executor.visible_gpus
+        with client.lock:
+            gangs.starting = self
+            client.mourners.append(self.on_death)
+        try:
+            variables[steps.RANK_VARIABLE] = json.dumps(note)
+            self.process = steps.start(room.hosts, _COMMAND, config, variables)
+            try:
+                self._gather(config.settings.start_timeout_s)
+            except BaseException:
+                self.end()
+                raise
+        finally:
+            with client.lock:
+                gangs.starting = None
+                client.mourners.remove(self.on_death)
+
+    def on_here(self, source: int, message: RankHere) -> None:
+        """Under the client's lock."""
+        self.present.add(source)
+        if message.number >= 0:
+            self.seats[message.number] = Seat(source, message)
+            self.arrived.one()
+        elif message.error:
+            self._refuse(message.error)
+
+    def on_death(self, is_dead: Any) -> None:
+        """Called with the deaths of processes."""
+        if any(map(is_dead, self.present)):
+            self._refuse("a rank ended while it started; see what it printed")
+
+    def _refuse(self, error: str) -> None:
+        self.error = self.error or error
+        self.arrived.finish()
+
+    def _gather(self, timeout_s: float) -> None:
+        """All at once: none gets through MPI_Init before the others have come."""
+        deadline = time.monotonic() + timeout_s
+        while not self.client.block(self.arrived, _LOOK_S, gives_way=False):
+            code = self.process.poll()
+            if code is not None:
+                raise LaunchError(f"mpirun ended with {code} before its {self.size} ranks were up; see what it printed")
+            if time.monotonic() > deadline:
+                came = f"{len(self.seats)} of {self.size} ranks came up within {timeout_s:g} s"
+                raise LaunchError(f"{came} (HPC_RAY_START_TIMEOUT_S)")
+        if self.error:
+            raise LaunchError(self.error)
+
+    def is_up(self) -> bool:
+        return self.process.poll() is None and not any(seat.worker in self.client.dead for seat in self.seats.values())
+
+    def leave(self, timeout_s: float) -> None:
+        """In order: the ranks finalize MPI and go; what has not gone by then is ended."""
+        for seat in self.seats.values():
+            self.client.send(seat.worker, LeaveGang())
+        self.client.lane.flush()
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self.process.wait(timeout_s)
+        self.end()
+
+    def end(self) -> None:
+        """At once; mpirun first, so that it has nothing to say about its ranks."""
+        steps.kill(self.process)
+        for address in self.present:
+            self.client.send(address, LeaveGang(at_once=True))
+        self.client.lane.flush()
+        for seat in self.seats.values():
+            if seat.hostname == self.client.config.hostname:
+                steps.kill_rank(seat.pid, seat.files)
+        if self.process.returncode:
+            session.remove_abandoned(self.began)
 
 
 class Call:
     """What the ranks of a gang do now. The ``submitter`` of their tasks; under the client's lock."""
 
-    def __init__(self, gangs: Gangs, task: PushTask, step: Step):
+    def __init__(self, gangs: Gangs, name: str, step: Step):
         self.client = gangs.client
         self.packer = gangs.client.packer
         self.step = step
-        self.name = task.name
+        self.name = name
         self.waiter = Waiter(step.size)  # done when all have answered, or one has failed
         self.settled = Waiter(step.size)  # done when all have answered
         self.failure: RayError | None = None
@@ -76,7 +206,7 @@ class Call:
 
     def on_reply(self, task: Task, message: TaskReply) -> None:
         result = message.results[0]
-        self.finish(task, loads(result.payload) if result.kind == ERROR else None)
+        self.finish(task, serialize.loads(result.payload) if result.kind == ERROR else None)
         self.packer.finish(task, message.results)
 
     def finish(self, task: Task, error: BaseException | None) -> None:
@@ -97,12 +227,7 @@ class Call:
         """Called with the deaths of processes."""
         for number, task in enumerate(self.tasks):
             if task.id in self.client.tasks.tasks and is_dead(task.seat.worker):
-                reason = "the process was killed or exited"
-                code = self.step.process.poll()
-                if code is not None:
-                    reason += f"; its mpirun ended with {code}"
-                hostname = self.client.config.hostname
-                error = GangError(self.name, number, self.step.size, task.seat.pid, hostname, reason)
+                error = death_of(self.step, number, self.name)
                 self.finish(task, error)
                 self.packer.fail(task, error)
 
@@ -127,61 +252,103 @@ class Call:
                     self.packer.fail(task, TaskCancelledError(TaskID(task.id)))
 
 
+def death_of(step: Step, number: int, name: str) -> GangError:
+    seat = step.seats[number]
+    reason = "the process was killed or exited"
+    code = step.process.poll()
+    if code is not None:
+        reason += f"; its mpirun ended with {code}"
+    return GangError(name, number, step.size, seat.pid, seat.hostname, reason)
+
+
+class Order(msgspec.Struct):
+    """A call for all ranks of a gang."""
+
+    name: str  # of the task, or of the actor's method
+    title: str  # for errors
+    function: Function
+    arguments: bytes
+    dependencies: list[Dependency]
+    shape: Shape
+    extras: bytes = b""
+
+
 class Gangs:
     """The gangs that this worker leads, one at a time."""
 
     def __init__(self, executor: Executor):
         self.executor = executor
         self.client = executor.client
+        self.starting: Step | None = None
         self.step: Step | None = None  # idle, with ``timer`` on it
         self.timer: threading.Timer | None = None
         self.mutex = threading.Lock()  # of these two
+        self.client.handlers[RankHere] = self.on_rank_here
 
-    def run(self, task: PushTask, wish: dict[str, Any]) -> Any:
-        """Run a task on ``wish["ranks"]`` ranks; a list of what each returned, or, if it is ``single``, what its one rank did. Blocks.
+    def on_rank_here(self, source: int, message: RankHere) -> None:
+        step = self.starting
+        if step is not None and step.number == message.step:
+            step.on_here(source, message)
+        else:  # of a step that was given up
+            self.client.send(source, LeaveGang(at_once=True))
+
+    def run(self, task: PushTask, gang: Gang) -> Any:
+        """Run a task on the ranks of a gang; a list of what each returned, or, if it is ``single``, what its one rank did. Blocks.
 
         Raises:
             GangFailed: a rank did not return.
             LaunchError: the ranks did not come up.
             KeyboardInterrupt: the task was cancelled.
         """
-        size, gpus = wish["ranks"], wish["gpus"]
-        step = self._take(size)
+        lease = self.executor.leases.get(task.lease_id)
+        room = self.room(gang, {} if lease is None else dict(lease.instances))
+        function = Function(task.function_id, self.executor.blobs[task.function_id], task.name)
+        order = Order(task.name, task.name, function, task.arguments, task.dependencies, self.executor.shape)
         try:
-            step.calls += 1
-            call = Call(self, task, step)
+            step = self._take(room)
             try:
-                self._send(call, task, gpus)
-                self._wait(call)
-            finally:
-                call.close()
-            failure = call.failure or call.hearsay
-            if failure is not None:
-                raise GangFailed(failure)
-            values = self.client.get_many(call.references, None)
-        except BaseException:
-            step.end()
-            raise
-        self._keep(step)
-        return values[0] if wish["single"] else values
+                values = self.call(step, room, gang, order)
+            except BaseException:
+                step.end()
+                raise
+            self._keep(step)
+        finally:
+            room.give_back()
+        return values[0] if gang.single else values
+
+    def room(self, gang: Gang, instances: Instances) -> Room:
+        return Room.take(self.client, gang) if gang.spread else Room.here(self.client, gang, instances)
+
+    def call(self, step: Step, room: Room, gang: Gang, order: Order, *, patient: bool = False) -> list[Any]:
+        """What each rank returned. ``patient``: after a failure the others are not interrupted.
+
+        Raises: GangFailed, KeyboardInterrupt.
+        """
+        step.calls += 1
+        call = Call(self, order.title, step)
+        try:
+            self._send(call, room, gang, order)
+            self._wait(call, patient)
+        finally:
+            call.close()
+        failure = call.failure or call.hearsay
+        if failure is not None:
+            raise GangFailed(failure, call.settled.done)
+        return self.client.get_many(call.references, None)
 
     # -- the step
 
-    def _take(self, size: int) -> Step:
+    def _take(self, room: Room) -> Step:
         with self.mutex:
             step, self.step = self.step, None
             if self.timer is not None:
                 self.timer.cancel()
         if step is not None:
-            dead = not step.is_up() or any(rank.address in self.client.dead for rank in step.ranks)
-            if not dead and step.calls < _MOST_CALLS:
+            up = step.is_up()
+            if up and step.calls < _MOST_CALLS and step.nodes == room.nodes:
                 return step
-            step.leave(0.0 if dead else _LEAVE_S)
-        note = {"path": sys.path, "runtime_env": context.runtime_env}
-        variables = {}
-        if self.executor.visible_gpus is not None:
-            variables["CUDA_VISIBLE_DEVICES"] = self.executor.visible_gpus
-        return Step(size, _COMMAND, self.client.config, note, variables)
+            step.leave(_LEAVE_S if up else 0.0)
+        return Step(self, room)
 
     def _keep(self, step: Step) -> None:
         """For the next call, for a while."""
@@ -209,54 +376,50 @@ class Gangs:
 
     # -- one call
 
-    def _send(self, call: Call, task: PushTask, gpus: float) -> None:
-        client, executor, size = self.client, self.executor, call.step.size
-        function = Function(task.function_id, executor.blobs[task.function_id], task.name)
-        mine = executor.leases.get(task.lease_id)
-        resources = {name: amount // size for name, amount in executor.shape.resources.items()}
-        shape = msgspec.structs.replace(executor.shape, resources=resources, runtime_env=context.runtime_env)
+    def _send(self, call: Call, room: Room, gang: Gang, order: Order) -> None:
+        client, step = self.client, call.step
+        shape = msgspec.structs.replace(order.shape, resources=gang.each, runtime_env=context.runtime_env)
+        lease = step.calls
         with client.lock:
             client.mourners.append(call.on_death)
-            for number, rank in enumerate(call.step.ranks):
-                template = Template(function, f"{task.name}[rank {number} of {size}]", executor.shape, max_retries=0)
+            for number in range(step.size):
+                template = Template(order.function, f"{order.name}[rank {number} of {step.size}]", order.shape, max_retries=0)
                 part = Task(call, template, client.minter.task_id())
-                part.lane = part.seat = Seat(rank)
+                part.lane = part.seat = step.seats[number]
                 part.sent = now_ns()
                 call.references.append(client.packer.make_returns(part))
                 call.tasks.append(part)
                 client.tasks.tasks[part.id] = part
             for number, part in enumerate(call.tasks):
                 address = part.seat.worker
-                instances = dict(mine.instances) if mine is not None else {}
-                if instances.get("GPU"):
-                    instances["GPU"] = share(instances["GPU"], number, gpus)
-                client.send(address, UseLease(task.lease_id, shape, context.namespace, instances, context.logging))
-                client.export(address, function)
+                client.send(address, UseLease(lease, shape, context.namespace, room.instances[number], context.logging))
+                client.export(address, order.function)
                 client.send(
                     address,
                     PushTask(
                         part.id,
                         part.attempt,
-                        function.id,
+                        order.function.id,
                         part.template.name,
-                        task.arguments,
-                        task.dependencies,
+                        order.arguments,
+                        order.dependencies,
                         1,
                         b"",
-                        b"",
-                        task.lease_id,
+                        order.extras,
+                        lease,
                     ),
                 )
             call.on_death(lambda address: address in client.dead)
 
-    def _wait(self, call: Call) -> None:
+    def _wait(self, call: Call, patient: bool) -> None:
         """Until all have answered or one has failed; then the others have a moment more."""
         client = self.client
         try:
             client.block(call.waiter, gives_way=False)
             if call.failure is not None:
-                with client.lock:
-                    call.interrupt()
+                if not patient:
+                    with client.lock:
+                        call.interrupt()
                 client.block(call.settled, client.settings.gang_grace_s, gives_way=False)
         except KeyboardInterrupt:  # the gang is cancelled: user code in the ranks may clean up
             with client.lock:
@@ -266,8 +429,92 @@ class Gangs:
             raise
 
 
-def share(gpus: list[list[int]], rank: int, each: float) -> list[list[int]]:
-    """Of the GPUs of a gang, those that a rank uses; two ranks may use one, each a part of it."""
-    first = int(rank * each + 1e-9)
-    last = max(first + 1, int((rank + 1) * each + 1 - 1e-9))
-    return gpus[first:last] if each else []
+class Crew:
+    """The ranks that are an actor together (GANG-4). Making it runs the constructor on each. Blocks.
+
+    Raises:
+        GangFailed: a rank's constructor raised.
+        LaunchError: the ranks did not come up.
+    """
+
+    def __init__(self, executor: Executor, spec: ActorSpec, attempt: int, instances: Instances):
+        self.executor = executor
+        self.client = executor.client
+        self.gangs = executor.gangs
+        self.spec = spec
+        self.attempt = attempt
+        assert spec.gang is not None
+        self.gang = spec.gang
+        self.name = spec.class_name
+        self.function = Function(spec.class_id, spec.class_blob, spec.class_name)
+        self.failed = False
+        self.step: Step | None = None
+        self.room = self.gangs.room(self.gang, instances)
+        try:
+            self.step = Step(self.gangs, self.room)
+            atexit.register(self.close)
+            with self.client.lock:
+                self.client.mourners.append(self.on_death)
+            what = msgspec.structs.replace(spec, class_blob=b"", arguments=b"", dependencies=[])
+            extras = serialize.dumps({"method": "__init__", "spec": what, "attempt": attempt})
+            self._call("__init__", spec.arguments, spec.dependencies, extras)
+        except BaseException:
+            self.close()
+            raise
+
+    def run(self, task: PushTask) -> Any:
+        """Call a method on all ranks; what they returned. Blocks.
+
+        Raises:
+            GangFailed: it failed on a rank.
+            LeaveProcess: it was ``exit_actor``.
+        """
+        extras = {**(self.executor.extras(task.extras) if task.extras else {}), "method": task.name}
+        values = self._call(task.name, task.arguments, task.dependencies, serialize.dumps(extras))
+        return values[0] if extras.get("single") else values
+
+    def _call(self, method: str, arguments: bytes, dependencies: list[Dependency], extras: bytes) -> list[Any]:
+        assert self.step is not None
+        order = Order(method, f"{self.name}.{method}", self.function, arguments, dependencies, self.spec.shape, extras)
+        try:
+            return self.gangs.call(self.step, self.room, self.gang, order, patient=True)
+        except GangFailed as error:
+            if isinstance(getattr(error.failure, "cause", None), AsyncioActorExit):
+                raise context.LeaveProcess("exit_actor") from None
+            if isinstance(error.failure, GangError):
+                self.fail(str(error.failure))
+            elif not error.settled:
+                grace = self.client.settings.gang_grace_s
+                self.fail(f"{error.failure}\nThe other ranks did not come back from {method}() within {grace:g} s of that.")
+            if self.failed:
+                self._await_end()
+            raise
+
+    def on_death(self, is_dead: Any) -> None:
+        """Called with the deaths of processes, under the lock."""
+        assert self.step is not None
+        for number, seat in self.step.seats.items():
+            if is_dead(seat.worker) and not self.failed:
+                self.fail(str(death_of(self.step, number, self.name)))
+
+    def fail(self, text: str) -> None:
+        """The actor has crashed: the GCS has this process ended, and tells those who wait."""
+        if not self.failed:
+            self.failed = True
+            self.client.send(GCS_ADDRESS, ActorFailed(self.spec.actor_id, self.attempt, text))
+
+    def _await_end(self) -> None:
+        assert self.step is not None
+        self.client.lane.flush()
+        self.step.end()
+        time.sleep(_KILLED_S)
+        os._exit(1)
+
+    def close(self) -> None:
+        """The actor ends, in order; its room goes with this process."""
+        self.failed = True  # what dies now is no failure
+        with self.client.lock:
+            if self.on_death in self.client.mourners:
+                self.client.mourners.remove(self.on_death)
+        if self.step is not None:
+            self.step.leave(self.client.settings.kill_on_exit_s / 2)

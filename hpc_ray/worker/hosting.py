@@ -22,6 +22,7 @@ from hpc_ray.client.records import now_ns
 from hpc_ray.exceptions import AsyncioActorExit
 from hpc_ray.ids import GCS_ADDRESS
 from hpc_ray.protocol import ActorInitFailed, ActorReady, DeathCause, InstallActor, PushTask, Result
+from hpc_ray.worker.gangs import Crew
 from hpc_ray.worker.graphs import Graph
 from hpc_ray.worker.loop import ActorLoop
 from hpc_ray.worker.output import set_job, set_task_name
@@ -41,6 +42,7 @@ class ActorHost:
         self.pools: dict[str, ThreadPoolExecutor] = {}  # threaded actors, by concurrency group
         self.methods: dict[str, Any] = {}
         self.loop: asyncio.AbstractEventLoop | None = None  # asyncio actors
+        self.crew: Crew | None = None  # gang actors
         self.creating: tuple[context.TaskContext, int] | None = None  # the constructor runs, since when
 
     def method_of(self, task: PushTask) -> Callable:
@@ -84,17 +86,21 @@ class ActorHost:
         client.records.actor_id = spec.actor_id
         self.creating = current, started
         try:
-            cls = self.executor.functions[spec.class_id] = serialize.loads(spec.class_blob)
-            args, kwargs, loans = self.executor.arguments(spec)
-            self.executor.actor.instance = cls.__new__(cls)
-            if spec.is_async:
-                self.loop = ActorLoop(client)
-                asyncio.set_event_loop(self.loop)
-            called = now_ns()
-            self.executor.actor.instance.__init__(*args, **kwargs)
-            args = kwargs = None  # type: ignore[assignment]
+            if spec.gang is not None:
+                called = now_ns()
+                self.crew = self.executor.actor.instance = Crew(self.executor, spec, message.attempt, message.instances)
+            else:
+                cls = self.executor.functions[spec.class_id] = serialize.loads(spec.class_blob)
+                args, kwargs, loans = self.executor.arguments(spec)
+                self.executor.actor.instance = cls.__new__(cls)
+                if spec.is_async:
+                    self.loop = ActorLoop(client)
+                    asyncio.set_event_loop(self.loop)
+                called = now_ns()
+                self.executor.actor.instance.__init__(*args, **kwargs)
+                args = kwargs = None  # type: ignore[assignment]
+                self._name_output()
             failed = False
-            self._name_output()
         except BaseException as error:
             if isinstance(error, LeaveProcess):
                 self.executor.leaving = str(error)

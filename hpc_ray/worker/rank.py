@@ -1,9 +1,9 @@
 """A rank of a gang: what mpirun starts for ``gangs``. A worker in an MPI world, which takes its calls from one leader only.
 
-RANK-1 (its leader's): it ends when the connection to its leader does, whatever it is doing.
-RANK-2 (own communicator): each call has a duplicate of MPI_COMM_WORLD, so that what one call has left unreceived, no other one gets.
+RANK-1 (its leader's): it ends when its leader or its node does, whatever it is doing.
+RANK-2 (own communicator): each task has a duplicate of MPI_COMM_WORLD, so that what one has left unreceived, no other one gets.
 It is never freed: MPI would give its number to the next one, and with that what was sent to it (test_gangs.py). The leader replaces
-the ranks before there are too many.
+the ranks before there are too many. An actor has one duplicate for all its life.
 """
 
 from __future__ import annotations
@@ -12,75 +12,131 @@ import contextlib
 import json
 import os
 import signal
-import socket
 import sys
-import threading
 import traceback
 from typing import Any
 
+from msgspec.structs import replace
 from setproctitle import setproctitle
 
 from hpc_ray import _core
 from hpc_ray.client import context
 from hpc_ray.client.client import Client
-from hpc_ray.exceptions import LaunchError, MPIError
-from hpc_ray.launcher import channel, session, world
-from hpc_ray.launcher.attachment import connect
+from hpc_ray.exceptions import AsyncioActorExit, LaunchError, MPIError
+from hpc_ray.launcher import session
+from hpc_ray.launcher.attachment import Attachment, connect
+from hpc_ray.launcher.host import VISIBLE_GPUS
 from hpc_ray.launcher.steps import RANK_VARIABLE
-from hpc_ray.protocol import ProcessKind, PushTask
+from hpc_ray.launcher.world import discover
+from hpc_ray.protocol import LeaveGang, ProcessKind, PushTask, RankHere
+from hpc_ray.worker.environment import Environment
 from hpc_ray.worker.executor import Executor
 
 
 class RankExecutor(Executor):
-    """Runs each call with a communicator of its own (RANK-2)."""
+    """Runs what the leader sends, on all ranks the same."""
 
-    def __init__(self, client: Client, mpi: Any):
+    def __init__(self, client: Client, mpi: Any, leader: int):
         super().__init__(client)
         self.mpi = mpi
+        self.leader = leader
         self.released = False  # the leader wants no more of this rank
+        self.files = session.shared_files(mpi.COMM_WORLD.rank, everything=True)
+        client.handlers[LeaveGang] = self.on_leave
+        client.mourners.append(self.on_death)
 
     def call(self, task: PushTask, args: tuple, kwargs: dict) -> Any:
-        world = self.mpi.COMM_WORLD
-        context.gang = context.Gang(world.rank, world.size, world.Dup())
+        method = self.extras(task.extras).get("method") if task.extras else None
         try:
-            return super().call(task, args, kwargs)
+            if method is not None:
+                return self.call_method(method, task, args, kwargs)
+            return self.call_function(task, args, kwargs)
         except self.mpi.Exception as error:
             error_class = error.Get_error_class()
             failure = MPIError(str(error), error_class, error_class == getattr(self.mpi, "ERR_PROC_FAILED", -1))
             raise failure.with_traceback(error.__traceback__) from None
+
+    def call_function(self, task: PushTask, args: tuple, kwargs: dict) -> Any:
+        self.enter()
+        try:
+            return super().call(task, args, kwargs)
         finally:
             context.gang = None
+
+    def call_method(self, method: str, task: PushTask, args: tuple, kwargs: dict) -> Any:
+        """Of the actor that this rank is a part of; its constructor comes first."""
+        try:
+            if self.actor is None:
+                extras = self.extras(task.extras)
+                self.enter()
+                self.actor = context.ActorContext(extras["spec"], extras["attempt"], self.leader)
+                context.set_actor(self.actor)
+                context.namespace = self.actor.spec.namespace
+                self.client.records.actor_id = self.actor.spec.actor_id
+                cls = self.function(task.function_id)
+                self.actor.instance = cls.__new__(cls)
+            return getattr(self.actor.instance, method)(*args, **kwargs)
+        except context.LeaveProcess as error:  # the leader leaves, and has its ranks leave
+            raise AsyncioActorExit(str(error)) from None
+
+    def enter(self) -> None:
+        """RANK-2."""
+        world = self.mpi.COMM_WORLD
+        context.gang = context.Gang(world.rank, world.size, world.Dup())
+
+    def on_leave(self, source: int, message: LeaveGang) -> None:
+        if message.at_once or self.released:
+            self.end_now()
+        self.released = True
+        self.leaving = "no gang has used it for long"
+        arrival = self.arrival
+        if arrival is not None:
+            arrival.finish()
+        self.client.lane.wake()
+
+    def on_death(self, is_dead: Any) -> None:
+        if is_dead(self.leader):
+            self.end_now()
+
+    def end_now(self) -> None:
+        session.remove_files(self.files)
+        _leave_now()
 
 
 def main() -> int:
     """The process's exit code."""
     _core.set_parent_death_signal(signal.SIGKILL)
     note = json.loads(os.environ[RANK_VARIABLE])
-    try:
-        control = world.dial(note["control"])
-    except OSError:  # the leader has given up
-        return 1
     sys.path[:] = note["path"]
     try:
-        mpi = _initialised(note["size"])
-        attachment = connect(note["session"], note["node"], kind=ProcessKind.RANK)
-    except Exception as error:
+        attachment = _attach(note)
+    except Exception:
         traceback.print_exc()
-        channel.send_note(control, {"error": str(error)})
         return 1
     client = Client(attachment.segment, attachment.lane, attachment.config, ProcessKind.RANK, attachment.worker_id, os.getpid())
+    client.on_shutdown = lambda message: _leave_now()
+    attachment.on_node_death = lambda text: _leave_now()
     context.set_client(client)
     context.is_worker = True
     context.runtime_env = note["runtime_env"]
-    executor = RankExecutor(client, mpi)
-    signal.signal(signal.SIGINT, client.interrupts.on_signal)  # how a call is interrupted
-    client.on_shutdown = lambda message: _leave_now()
     client.adopt(attachment.welcome, attachment.early)  # type: ignore[arg-type]
+    here = RankHere(note["step"], client.pid, client.worker_id, hostname=attachment.config.hostname)
+    client.send(note["leader"], here)
+    client.lane.flush()
+    try:
+        if note["runtime_env"] and attachment.config.hostname != note["host"]:
+            _enter(note["runtime_env"], client)
+        mpi = _initialised(len(note["nodes"]))
+    except Exception as error:
+        traceback.print_exc()
+        client.send(note["leader"], replace(here, error=str(error)))
+        client.lane.flush()
+        return 1
+    executor = RankExecutor(client, mpi, note["leader"])
+    signal.signal(signal.SIGINT, client.interrupts.on_signal)  # how a call is interrupted
     rank = mpi.COMM_WORLD.rank
-    setproctitle(f"hpc_ray::rank {rank} of {note['size']}")
-    hello = {"rank": rank, "address": client.address, "worker_id": client.worker_id.hex(), "pid": client.pid}
-    channel.send_note(control, {**hello, "files": session.shared_files(rank, everything=True)})
-    threading.Thread(target=_watch, args=(control, executor), name="hpc_ray-leader-watch", daemon=True).start()
+    setproctitle(f"hpc_ray::rank {rank} of {mpi.COMM_WORLD.size}")
+    client.send(note["leader"], replace(here, number=rank, files=executor.files))
     executor.run()
     executor.leave()
     client.lane.flush()
@@ -90,6 +146,31 @@ def main() -> int:
     client.close()
     attachment.close()
     return 0
+
+
+def _attach(note: dict[str, Any]) -> Attachment:
+    """To the node that has this rank's resources.
+
+    Raises:
+        LaunchError: it is not on this host, or did not let us in.
+    """
+    place = discover()
+    if place is None:
+        raise LaunchError("mpirun does not say which rank this is: it is none of those that hpc_ray knows")
+    attachment = connect(note["session"], note["nodes"][place.rank], kind=ProcessKind.RANK)
+    gpus = attachment.config.environment.get(VISIBLE_GPUS)
+    if gpus is not None:
+        os.environ[VISIBLE_GPUS] = gpus
+    return attachment
+
+
+def _enter(runtime_env: str, client: Client) -> None:
+    """The runtime environment, on a host where the leader has not made it."""
+    fields = json.loads(runtime_env)
+    new = [name for name in ("pip", "uv", "py_executable") if fields.get(name)]
+    if new:
+        raise LaunchError(f"a gang over several hosts cannot have {new[0]} in its runtime_env: install it on all hosts")
+    Environment(runtime_env, client).enter()
 
 
 def _initialised(size: int) -> Any:
@@ -110,22 +191,6 @@ def _initialised(size: int) -> Any:
             f"which is {MPI.Get_library_version().splitlines()[0]}"
         )
     return MPI
-
-
-def _watch(control: socket.socket, executor: RankExecutor) -> None:
-    """Until the leader wants the end, or is gone (RANK-1)."""
-    with contextlib.suppress(OSError):
-        note, _ = channel.receive_note(control)
-        if note is not None:
-            executor.released = True
-            executor.leaving = "no gang has used it for long"
-            arrival = executor.arrival
-            if arrival is not None:
-                arrival.finish()
-            executor.client.lane.wake()
-            with contextlib.suppress(OSError):
-                channel.receive_note(control)
-    _leave_now()
 
 
 def _leave_now() -> None:

@@ -1,4 +1,4 @@
-"""The deciding parts of gangs: what lease one needs, whether a node can hold it, and who gets which GPUs."""
+"""The deciding parts of gangs: how one lies, what lease and room it needs, and who gets which GPUs."""
 
 from __future__ import annotations
 
@@ -7,24 +7,54 @@ import json
 import pytest
 
 from hpc_ray import options
-from hpc_ray.protocol import UNIT, Shape, Strategy
+from hpc_ray.client.rooms import Room, share
+from hpc_ray.ids import node_of
+from hpc_ray.launcher import world
+from hpc_ray.protocol import UNIT, Gang, Shape, Strategy
+from hpc_ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from hpc_ray.worker.environment import without_ranks
-from hpc_ray.worker.gangs import share
 
 
 def shape(env="", **amounts):
     return Shape({name: round(amount * UNIT) for name, amount in amounts.items()}, b"job1", Strategy(), env)
 
 
-class Nodes:
-    """A client that knows nodes."""
+class Client:
+    """One that knows nodes, and a GCS that places groups on them in turn."""
 
-    def __init__(self, *totals):
-        self.answer = [{"alive": alive, "total": {k: v * UNIT for k, v in total.items()}} for alive, total in totals]
+    job_id = b"\0\0\0\1"
+    node = 0
 
-    def query(self, destination, name):
-        assert name == "nodes"
-        return self.answer
+    def __init__(self, *totals, alive=(), labels=(), gpus=(), fails=""):
+        self.rows = [
+            {
+                "alive": index not in alive,
+                "total": {key: round(amount * UNIT) for key, amount in total.items()},
+                "labels": dict(labels[index]) if labels else {},
+                "node_id": bytes([index]) * 28,
+                "index": index,
+                "hostname": f"host{index}",
+            }
+            for index, total in enumerate(totals)
+        ]
+        self.gpus = gpus  # of each bundle
+        self.fails = fails  # the question that the GCS does not answer well
+        self.asked = []
+
+    def query(self, destination, name, **arguments):
+        self.asked.append((name, arguments))
+        if name == self.fails:
+            raise RuntimeError(name)
+        if name == "nodes":
+            return self.rows
+        if name == "create_placement_group":
+            self.bundles = arguments["bundles"]
+        if name == "bundle_instances":
+            mine = range(node_of(destination), len(self.bundles), len(self.rows))
+            return {str(number): {"GPU": [[index, UNIT] for index in self.gpus[number]]} for number in mine}
+        if name == "placement_group_table":
+            return {"nodes": [self.rows[number % len(self.rows)]["node_id"] for number in range(len(self.bundles))]}
+        return "CREATED"
 
 
 def test_a_leader_leads_gangs_of_one_size_and_hands_nothing_on():
@@ -37,25 +67,86 @@ def test_a_leader_leads_gangs_of_one_size_and_hands_nothing_on():
 
 
 @pytest.mark.parametrize(
-    ("totals", "wanted", "ranks", "room"),
+    ("totals", "each", "ranks", "per_node", "wanted"),
     [
-        ([(True, {"CPU": 4})], {"CPU": 4}, 4, None),
-        ([(True, {"CPU": 4})], {"CPU": 5}, 5, 4),
-        ([(True, {"CPU": 4}), (True, {"CPU": 4})], {"CPU": 8}, 8, 4),  # all on one node
-        ([(True, {"CPU": 4}), (False, {"CPU": 64})], {"CPU": 8}, 8, 4),
-        ([(True, {"CPU": 4})], {"CPU": 3}, 6, None),  # half a CPU each
-        ([(True, {"CPU": 8, "GPU": 2})], {"CPU": 4, "GPU": 4}, 4, 2),
-        ([(True, {"CPU": 8})], {"CPU": 2, "GPU": 2}, 2, 0),
-        ([], {"CPU": 2}, 2, 0),
-        ([], {}, 2, None),
+        ([{"CPU": 4}], {"CPU": 1}, 4, 0, "one"),
+        ([{"CPU": 4}], {"CPU": 1}, 5, 0, "room for 4: 4 on 1 node"),
+        ([{"CPU": 4}, {"CPU": 4}], {"CPU": 1}, 8, 0, "several"),
+        ([{"CPU": 4}, {"CPU": 4}], {"CPU": 1}, 9, 0, "room for 8: 4, 4 on 2 nodes"),
+        ([{"CPU": 4}], {"CPU": 0.5}, 6, 0, "one"),
+        ([{"CPU": 8, "GPU": 2}], {"CPU": 1, "GPU": 1}, 4, 0, "room for 2"),
+        ([{"CPU": 8, "GPU": 2}, {"CPU": 1, "GPU": 2}], {"CPU": 1, "GPU": 1}, 3, 0, "several"),
+        ([{"CPU": 8}], {"CPU": 1, "GPU": 1}, 2, 0, "room for 0"),
+        ([], {"CPU": 1}, 2, 0, "room for 0: none on 0 nodes"),
+        ([{}], {}, 2, 0, "one"),
+        ([{"CPU": 4}, {"CPU": 4}], {"CPU": 1}, 4, 2, "several"),  # would fit, but shall not
+        ([{"CPU": 4}, {"CPU": 1}], {"CPU": 1}, 4, 2, "2 on each node, and there is room for 5"),
+        ([{"CPU": 4}, {"CPU": 1}], {"CPU": 1}, 3, 2, "several"),
+        ([{"CPU": 4}], {"CPU": 1}, 3, 2, "2 on each node"),
+        ([{"CPU": 4}], {"CPU": 1}, 3, 3, "one"),
+        ([{}, {}], {}, 4, 2, "several"),
     ],
 )
-def test_room(totals, wanted, ranks, room):
-    if room is None:
-        options.check_room("f()", shape(**wanted), ranks, Nodes(*totals))
+def test_how_a_gang_lies(totals, each, ranks, per_node, wanted):
+    amounts = {key: round(amount * UNIT) for key, amount in each.items()}
+    scaled = [{key: amount * UNIT for key, amount in total.items()} for total in totals]
+    rooms = sorted((options.room_for(amounts, total, ranks) for total in scaled), reverse=True)
+    if wanted in ("one", "several"):
+        assert options.lies_on_several("f()", ranks, per_node, amounts, rooms) == (wanted == "several")
     else:
-        with pytest.raises(ValueError, match=f"room for {room}\\. Start larger nodes"):
-            options.check_room("f()", shape(**wanted), ranks, Nodes(*totals))
+        with pytest.raises(ValueError, match=wanted):
+            options.lies_on_several("f()", ranks, per_node, amounts, rooms)
+
+
+def test_the_leader_of_a_gang_on_several_nodes_takes_nothing():
+    client = Client({"CPU": 4, "GPU": 4}, {"CPU": 4, "GPU": 4}, {"CPU": 64}, alive=[2])
+    here, lease = options.gang_of("f()", {"mpi_ranks": 4, "num_gpus": 0.5}, client)
+    assert (here.spread, lease.resources) == (False, {"CPU": 4 * UNIT, "GPU": 2 * UNIT})
+    there, lease = options.gang_of("f()", {"mpi_ranks": 8, "scheduling_strategy": "SPREAD"}, client)
+    assert (there.spread, there.even, there.each, lease.resources) == (True, True, {"CPU": UNIT}, {})
+    with pytest.raises(ValueError, match="room for 8: 4, 4 on 2 nodes"):
+        options.gang_of("f()", {"mpi_ranks": 9}, client)
+
+
+def test_labels_count():
+    client = Client({"CPU": 4}, {"CPU": 4}, labels=[{"kind": "a"}, {"kind": "b"}])
+    with pytest.raises(ValueError, match="room for 4: 4 on 1 node"):
+        options.gang_of("f()", {"mpi_ranks": 8, "label_selector": {"kind": "a"}}, client)
+    gang, _ = options.gang_of("f()", {"mpi_ranks": 8, "label_selector": {"kind": "in(a, b)"}}, client)
+    assert gang.labels == {"kind": ["in", ["a", "b"]]}
+    node = NodeAffinitySchedulingStrategy("00" * 28, soft=False)
+    with pytest.raises(ValueError, match="cannot be in another one"):
+        options.gang_of("f()", {"mpi_ranks": 4, "mpi_ranks_per_node": 2, "scheduling_strategy": node}, client)
+
+
+def test_ranks_of_one_node_are_neighbours():
+    client = Client({"CPU": 2}, {"CPU": 2})
+    room = Room.take(client, Gang(3, {"CPU": UNIT}, spread=True))
+    assert (room.nodes, room.hosts) == ([0, 0, 1], ["host0", "host0", "host1"])
+    room.give_back()
+    room.give_back()
+    names = [name for name, _ in client.asked]
+    assert names == ["create_placement_group", "wait_placement_group", "placement_group_table", "nodes", "remove_placement_group"]
+    made = client.asked[0][1]
+    assert (made["strategy"], made["owned"], made["bundles"]) == ("PACK", True, [{"CPU": UNIT}] * 3)
+
+
+def test_ranks_per_node_and_their_gpus():
+    client = Client({}, {}, gpus=[(4, 5), (0, 1), (2,)])
+    room = Room.take(client, Gang(5, {"CPU": UNIT, "GPU": UNIT // 2}, 0.5, 2, spread=True))
+    assert client.asked[0][1]["strategy"] == "STRICT_SPREAD"
+    assert client.asked[0][1]["bundles"] == [{"CPU": 2 * UNIT, "GPU": UNIT}] * 2 + [{"CPU": UNIT, "GPU": UNIT // 2}]
+    assert room.nodes == [0, 0, 0, 1, 1]
+    found = [[index for index, _ in each["GPU"]] for each in room.instances]
+    assert found == [[4], [4], [2], [0], [0]]
+
+
+@pytest.mark.parametrize("question", ["wait_placement_group", "placement_group_table", "nodes"])
+def test_a_room_that_is_not_had_is_given_back(question):
+    client = Client({"CPU": 2}, fails=question)
+    with pytest.raises(RuntimeError, match=question):
+        Room.take(client, Gang(2, {"CPU": UNIT}, spread=True))
+    assert client.asked[-1][0] == "remove_placement_group"
 
 
 @pytest.mark.parametrize(
@@ -73,3 +164,17 @@ def test_gpus_of_the_ranks(gpus, each, wanted):
     given = [[index, UNIT] for index in gpus]
     found = [[index for index, _ in share(given, rank, each)] for rank in range(len(wanted))]
     assert found == wanted
+
+
+@pytest.mark.parametrize(
+    ("family", "version", "wanted"),
+    [
+        ("openmpi", (5, 0), ["-x", "A", "--host", "n1:2,n2:1", "p"]),
+        ("openmpi", (4, 1), ["-x", "A", "--host", "n1:2,n2:1", "p"]),
+        ("mpich", (5, 0), ["m", "-n", "3", "-hosts", "n1:2,n2:1", "p"]),
+    ],
+)
+def test_command_lines_for_several_hosts(family, version, wanted):
+    mpirun = world.MPIRun("m", family, version)
+    line = world.mpirun_command(mpirun, 3, ["p"], world.on_hosts(mpirun, [("n1", 2), ("n2", 1)]), passed=("A",))
+    assert line[-len(wanted) :] == wanted

@@ -429,6 +429,22 @@ def test_subscriptions():
     assert gcs.state.subscriptions == {}
 
 
+@pytest.mark.parametrize(("restarts", "wanted"), [(0, ActorState.DEAD), (1, ActorState.RESTARTING)])
+def test_an_actor_that_says_it_failed_has_crashed(restarts, wanted):
+    gcs = Gcs([4])
+    gcs.create(max_restarts=restarts)
+    gcs.begin()
+    gcs.tell(p.ActorFailed(ID, 5, "of an earlier attempt"), FIRST)
+    assert gcs.info().state == ActorState.ALIVE
+    gcs.tell(p.ActorFailed(ID, 0, "rank 1 died"), FIRST)
+    assert gcs.info().state == wanted
+    assert (gcs.info().cause.kind, gcs.info().cause.text) == ("CRASHED", "rank 1 died")
+    assert [(m.force, m.reason) for m in gcs.take(p.StopActor)] == [(True, "rank 1 died")]
+    gcs.die(FIRST)  # the end that the GCS asked for is no second crash
+    assert gcs.info().state == wanted
+    gcs.state.validate()
+
+
 # ------------------------------------------------------------------ placement groups
 
 
@@ -459,6 +475,27 @@ def test_two_phases():
     assert gcs.ask("wait_placement_group", group_id=GROUP).value == "CREATED"
     row = gcs.ask("placement_group_table", group_id=GROUP).value
     assert sorted(row["nodes"]) == [b"\0" * 28, b"\1" * 28]
+    gcs.state.validate()
+
+
+def test_an_owned_group_goes_with_its_creator_and_is_forgotten():
+    gcs = Gcs([4, 4])
+    gcs.ask("create_placement_group", source=OTHER, group_id=GROUP, bundles=[{}, {}], strategy="STRICT_SPREAD", owned=True)
+    assert answer_prepares(gcs) == [0, 1]
+    gcs.die(ME)
+    assert gcs.take(p.ReleaseBundles) == []
+    gcs.die(OTHER)
+    assert len(gcs.take(p.ReleaseBundles)) == 2
+    assert gcs.state.groups == {}
+    assert not [kind for kind, *_ in gcs.journal.records() if kind == "group"]
+    gcs.state.validate()
+
+
+def test_an_owned_group_goes_with_its_creators_node():
+    gcs = Gcs([4, 4])
+    gcs.ask("create_placement_group", source=OTHER, group_id=GROUP, bundles=[{"CPU": UNIT}], owned=True)
+    gcs.tell(p.NodeDied(1, b"\1" * 28, "lost"), 0)
+    assert gcs.state.groups == {}
     gcs.state.validate()
 
 

@@ -544,6 +544,13 @@ def test_bundles_all_or_nothing():
     assert node.state.pool.total[f"CPU_group_{GROUP.hex()}"] == 2 * UNIT
 
 
+def test_who_asks_hears_which_accelerators_a_bundle_has():
+    node = Node({"GPU": 3})
+    commit(node, {4: {"GPU": UNIT}, 7: {"GPU": 2 * UNIT}})
+    assert node.state.query_bundle_instances(GROUP) == {"4": {"GPU": [[0, UNIT]]}, "7": {"GPU": [[1, UNIT], [2, UNIT]]}}
+    assert node.state.query_bundle_instances(b"o" * 18) == {}
+
+
 def test_names_work_after_the_commit_only():
     """BUNDLE-1"""
     node = Node({"CPU": 1})
