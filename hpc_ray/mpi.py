@@ -83,6 +83,7 @@ class MPIRun:
 
 def _run(command: list[str], gang: Gang, variables: dict[str, str], folder: str | None) -> MPIResult:
     """The task."""
+    import json
     import subprocess
     import time
 
@@ -91,6 +92,8 @@ def _run(command: list[str], gang: Gang, variables: dict[str, str], folder: str 
     client = context.client
     assert client is not None
     pipes: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    given = json.loads(context.runtime_env or "{}").get("env_vars", {})
+    variables = {**{name: os.environ[name] for name in given if name in os.environ}, **variables}
     began = time.time()
     room = Room.take(client, gang) if gang.spread else Room.here(client, gang, dict(context.instances))
     try:

@@ -111,6 +111,7 @@ class Rank:
         self.control = control
         self.settings = Settings(**plan["settings"])
         self.place = world.discover() or world.Rank(0, 1, 0, "no launcher")
+        self.reach = world.reach()
         self.driver = 0  # pid
         self.driver_status: int | None = None
         self.early_signal = 0  # that came before there was a link
@@ -235,8 +236,10 @@ class Rank:
             "python": sys.version.split()[0],
             "cpus": sorted(os.sched_getaffinity(0)),
             "gpus": os.environ.get(host.VISIBLE_GPUS),
+            "reach": self.reach,
         }
         self.ranks: list[dict[str, Any]] = self.world.allgather(mine)
+        self.reach = self.ranks[0]["reach"] | self.reach
         for key, name in (("build", "hpc_ray"), ("protocol", "the protocol of hpc_ray"), ("python", "Python")):
             versions: dict[str, list[int]] = {}
             for rank, other in enumerate(self.ranks):
@@ -300,7 +303,7 @@ class Rank:
             share_index=share_index,
             settings=self.settings,
             has_link=len(self.leaders) > 1,
-            environment=self.plan["environment"],
+            environment={**self.reach, **self.plan["environment"]},
             python_path=self.plan["python_path"],
             working_dir=self.plan["working_dir"],
             journal=self.plan["journal"] if self.node == 0 else "",

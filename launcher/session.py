@@ -29,12 +29,12 @@ _LAUNCHER_PREFIXES = (
     "PMI_", "PMIX_", "OMPI_", "PRTE_", "MPI_LOCAL", "MPIR_CVAR_", "HYDRA_", "HYDI_", "PMI2_",
     "MPIEXEC_", "I_MPI_", "MV2_COMM", "HPC_RAY_LAUNCH_",
 )  # fmt: skip
-_KEPT = (
-    "OMPI_ALLOW_RUN_AS_ROOT", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM",
-    # how launchers reach other hosts here: a job step over several hosts needs it too
+# How a launcher reaches other hosts here: its job steps over several hosts need that too.
+REACH = (
     "PRTE_MCA_plm_ssh_agent", "PRTE_MCA_plm_ssh_args", "OMPI_MCA_plm_rsh_agent", "OMPI_MCA_plm_rsh_args",
     "HYDRA_LAUNCHER", "HYDRA_LAUNCHER_EXEC", "HYDRA_BOOTSTRAP", "HYDRA_BOOTSTRAP_EXEC", "HYDRA_IFACE",
 )  # fmt: skip
+_KEPT = ("OMPI_ALLOW_RUN_AS_ROOT", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM", *REACH)
 _MOMENT = "session_%Y-%m-%d_%H-%M-%S"  # how the names of sessions begin
 _MOMENT_ENDS = len("session_2026-01-31_23-59-59")
 _GRACE_S = 60.0

@@ -40,12 +40,12 @@ def start(hosts: list[str], command: list[str], config: NodeConfig, variables: d
     else:
         environment = world.hosts_environment()
         extra = world.on_hosts(mpirun, groups)
-        passed = (RANK_VARIABLE, session.SESSION_VARIABLE, *variables)
+        passed = (session.SESSION_VARIABLE, *variables)
     environment[session.SESSION_VARIABLE] = config.session
     environment[session.NODE_VARIABLE] = str(config.node)
     environment["PRTE_MCA_prte_tmpdir_base"] = config.session_dir  # what Open MPI leaves there when it is killed goes with the session
     environment.update(variables)
-    line = world.mpirun_command(mpirun, len(hosts), command, extra, passed=tuple(dict.fromkeys(passed)))
+    line = world.mpirun_command(mpirun, len(hosts), command, extra, passed=passed)
     try:
         return subprocess.Popen(line, env=environment, stdin=subprocess.DEVNULL, **options)
     except OSError as error:

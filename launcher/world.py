@@ -180,6 +180,47 @@ def own_host_environment() -> dict[str, str]:
     return {name: text for name, text in variables.items() if not name.startswith("SLURM_")}  # else it would use the allocation
 
 
+_REACH_OPTIONS = {  # of command lines: what they are as variables
+    "plm_ssh_agent": "PRTE_MCA_plm_ssh_agent",
+    "plm_ssh_args": "PRTE_MCA_plm_ssh_args",
+    "plm_rsh_agent": "OMPI_MCA_plm_rsh_agent",
+    "plm_rsh_args": "OMPI_MCA_plm_rsh_args",
+    "-launcher": "HYDRA_LAUNCHER",
+    "-launcher-exec": "HYDRA_LAUNCHER_EXEC",
+    "-bootstrap": "HYDRA_BOOTSTRAP",
+    "-bootstrap-exec": "HYDRA_BOOTSTRAP_EXEC",
+    "-iface": "HYDRA_IFACE",
+}
+
+
+def reach_of(command: list[str], *environments: dict[str, str]) -> dict[str, str]:
+    """How a launcher reaches other hosts, from its command line and the variables of it and of what it started, as variables; a pure
+    function. Open MPI 5 does not hand its own on, but those of Open MPI 4."""
+    found: dict[str, str] = {}
+    for environment in environments:
+        found = {name: environment[name] for name in session.REACH if name in environment} | found
+    for name, value in zip(command, command[1:], strict=False):
+        plain = name.replace("--", "-", 1) if name.startswith("--") else name
+        if plain in _REACH_OPTIONS:
+            found[_REACH_OPTIONS[plain]] = value
+    for new, old in (("PRTE_MCA_plm_ssh_agent", "OMPI_MCA_plm_rsh_agent"), ("PRTE_MCA_plm_ssh_args", "OMPI_MCA_plm_rsh_args")):
+        if old in found:
+            found.setdefault(new, found[old])
+    return found
+
+
+def reach() -> dict[str, str]:
+    """That of the launcher that has started this rank, as far as it can be seen from here."""
+    parent = os.getppid()
+    try:
+        with open(f"/proc/{parent}/cmdline", "rb") as file:
+            command = file.read().decode("utf-8", "replace").split("\0")
+    except OSError:
+        command = []
+    theirs = {name.decode(): text.decode("utf-8", "replace") for name, text in session.environment_of(parent).items()}
+    return reach_of(command, theirs, dict(os.environ))
+
+
 def hosts_environment() -> dict[str, str]:
     """For an mpirun that shall start ranks on several hosts of those that this session has: it may use the allocation, and a Slurm step
     that it starts the CPUs of the step that the session is."""

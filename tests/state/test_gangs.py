@@ -178,3 +178,17 @@ def test_command_lines_for_several_hosts(family, version, wanted):
     mpirun = world.MPIRun("m", family, version)
     line = world.mpirun_command(mpirun, 3, ["p"], world.on_hosts(mpirun, [("n1", 2), ("n2", 1)]), passed=("A",))
     assert line[-len(wanted) :] == wanted
+
+
+@pytest.mark.parametrize(
+    ("command", "environments", "wanted"),
+    [
+        (["prterun", "-n", "2", "p"], [{}, {}], {}),
+        (["mpirun", "--prtemca", "plm_ssh_agent", "rsh"], [{}], {"PRTE_MCA_plm_ssh_agent": "rsh"}),
+        (["mpirun"], [{"PRTE_MCA_plm_ssh_agent": "a", "HOME": "/"}, {}], {"PRTE_MCA_plm_ssh_agent": "a"}),
+        ([], [{}, {"OMPI_MCA_plm_rsh_agent": "a"}], {"OMPI_MCA_plm_rsh_agent": "a", "PRTE_MCA_plm_ssh_agent": "a"}),
+        (["mpiexec", "-launcher", "ssh", "--iface", "ib0"], [{"HYDRA_LAUNCHER": "rsh"}], {"HYDRA_LAUNCHER": "ssh", "HYDRA_IFACE": "ib0"}),
+    ],
+)
+def test_how_a_launcher_reaches_hosts(command, environments, wanted):
+    assert world.reach_of(command, *environments) == wanted

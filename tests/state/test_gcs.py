@@ -487,7 +487,7 @@ def test_an_owned_group_goes_with_its_creator_and_is_forgotten():
     gcs.die(OTHER)
     assert len(gcs.take(p.ReleaseBundles)) == 2
     assert gcs.state.groups == {}
-    assert not [kind for kind, *_ in gcs.journal.records() if kind == "group"]
+    assert not [kind for kind, *_ in gcs.journal.load() if kind == "group"]
     gcs.state.validate()
 
 
