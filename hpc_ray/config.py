@@ -74,6 +74,10 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     prestart_workers: int = -1  # -1: as many as CPUs, at most 8
     report_interval_s: float = 0.1  # resource reports to the GCS
     task_history: int = 10_000  # tasks that a process remembers for ``list_tasks`` and ``timeline``; 0: none
+    transport: str = "mpi"  # between the nodes that we start: "mpi", or "tcp", over which a lost node is not the end
+    heartbeat_s: float = 1.0  # over tcp: the head and each node give a sign of life so often
+    heartbeat_timeout_s: float = 10.0  # over tcp: a node from which nothing has come for so long is lost
+    network_interface: str = ""  # over tcp: this host's interface (ib0) or address to be reached at; "": the one towards the others
     start_timeout_s: float = 60.0  # for nodes and workers to come up
     max_lineage_bytes: int = 256 << 20  # of records in each process of how its large results were made
     log_to_driver: bool = True
@@ -111,6 +115,13 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
         folder = settings.object_spilling_directory
         if folder and not os.path.isabs(folder):
             raise ConfigurationError(f"object_spilling_directory must be an absolute path, as every node uses it; it is {folder!r}")
+        if settings.transport not in ("mpi", "tcp"):
+            raise ConfigurationError(f'transport must be "mpi" or "tcp", not {settings.transport!r}')
+        if not 0 < settings.heartbeat_s * 2 <= settings.heartbeat_timeout_s:
+            raise ConfigurationError(
+                f"heartbeat_timeout_s must be at least twice heartbeat_s, else a node is lost because one heartbeat comes late; they "
+                f"are {settings.heartbeat_timeout_s:g} and {settings.heartbeat_s:g}"
+            )
         return settings
 
 

@@ -116,12 +116,15 @@ class ForkServer:
         roles: dict[str, str],
         *,
         detached: bool = False,
+        outlives: bool = False,
     ):
+        """``detached``: the node goes on without whoever started it; ``outlives``: it outlives its drivers."""
         self.config = config
         self.control: socket.socket | None = control
         self.lock = lock
         self._began = time.time()
         self.detached = detached
+        self.outlives = outlives
         self._load = load
         self._entries = roles
         self._roles: dict[int, str] = {}  # pid → name, while alive
@@ -500,7 +503,7 @@ class ForkServer:
         if uid != os.getuid():
             connection.close()
             return
-        note = {"config": encode_config(self.config), "pid": os.getpid(), "detached": self.detached}
+        note = {"config": encode_config(self.config), "pid": os.getpid(), "detached": self.outlives}
         try:
             channel.send_note(connection, note, (self.segment.fd,))
         except OSError:

@@ -5,10 +5,14 @@ Relied on by ``local`` and ``link``. Starts no program and opens no connection.
 
 from __future__ import annotations
 
+import fcntl
 import math
 import os
 import re
 import socket
+import struct
+
+from hpc_ray.exceptions import ConfigurationError
 
 VISIBLE_GPUS = "CUDA_VISIBLE_DEVICES"
 
@@ -180,6 +184,35 @@ def gpu_model() -> str:
     except OSError:
         pass
     return ""
+
+
+def interface_address(name: str) -> str:
+    """The address of a network interface of this host, IPv4 where it has one; an address is its own.
+
+    Raises:
+        ConfigurationError: there is no such interface, or it has no address.
+    """
+    for family in (socket.AF_INET, socket.AF_INET6):
+        try:
+            socket.inet_pton(family, name)
+            return name
+        except OSError:
+            pass
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as asked:
+        try:
+            answer = fcntl.ioctl(asked, _SIOCGIFADDR, struct.pack("256s", name.encode()[:15]))
+            return socket.inet_ntop(socket.AF_INET, answer[20:24])
+        except OSError:
+            pass
+    for line in _read("/proc/net/if_inet6").splitlines():
+        number, _, _, scope, _, interface = line.split()
+        if interface == name and scope == "00":  # global
+            return socket.inet_ntop(socket.AF_INET6, bytes.fromhex(number))
+    known = ", ".join(interface for _, interface in socket.if_nameindex())
+    raise ConfigurationError(f"network_interface is {name!r}, which this host does not have, or without an address; it has {known}")
+
+
+_SIOCGIFADDR = 0x8915
 
 
 def ip_address() -> str:

@@ -8,7 +8,7 @@ LINK-1 (one thread): only the main thread touches MPI; the watchdog may only end
 LINK-2 (same end): all ranks decide alike what is wrong (allgather), rank 0 alone says it.
 LINK-3 (low idle cost): after traffic it looks without a pause for ``SPIN_S``, which is longer than a call to another node and its
 answer take, and lets everybody else have its core first; then it looks at MPI every ``FIRST_PARK_S``, after ``LIVELY_S`` at growing
-intervals up to ``PARKS_S``, and sleeps on its lane in between.
+intervals up to ``PARKS_S``, and sleeps on its lane in between. Over TCP (``member``) it sleeps until its doorbell is rung.
 LINK-4 (back-pressure): it does not drain its lane while more than ``BACKLOG_BYTES`` wait for slow peers; it always receives.
 """
 
@@ -24,6 +24,7 @@ import sys
 import threading
 import time
 import traceback
+from collections.abc import Callable
 from importlib import metadata
 from typing import Any
 
@@ -35,6 +36,7 @@ from hpc_ray.exceptions import LaunchError
 from hpc_ray.ids import GCS_ADDRESS, LINK_LANE, address_of, node_of, raylet_address
 from hpc_ray.launcher import channel, host, session, world
 from hpc_ray.launcher.attachment import Attachment, connect
+from hpc_ray.launcher.doorbell import Doorbell
 from hpc_ray.launcher.node_process import NodeProcess, node_config
 from hpc_ray.launcher.relay import last_words
 from hpc_ray.protocol import (
@@ -52,12 +54,13 @@ from hpc_ray.protocol import (
 )
 from hpc_ray.slurm import signals
 from hpc_ray.spilling import ObjectFiles
-from hpc_ray.transport import PeerLost, TransferEnded
+from hpc_ray.transport import Event, PeerLost, TransferEnded, Transport
 
 SPIN_S = 500e-6
 FIRST_PARK_S = 50e-6
 LIVELY_S = 2e-3  # after traffic: intervals do not grow yet, more may come
-PARKS_S = ((1.0, 1e-3), (10.0, 2e-3), (float("inf"), 8e-3))  # silent for less than this: the longest interval
+PARK_S = 1e-3  # over TCP, while something is still to be sent
+PARKS_S = ((1.0, PARK_S), (10.0, 2e-3), (float("inf"), 8e-3))  # silent for less than this: the longest interval
 SLACK_NS = 1_000  # by how much the kernel may prolong a sleep; else as long as FIRST_PARK_S
 WORKER_PARK_S = 0.05
 STANDBY_PARK_S = 0.01
@@ -69,7 +72,7 @@ FINALIZE_S = 5.0
 _NODE_GONE = b"\x01"  # → all: my node is gone, and why
 _STOP = b"\x02"  # node 0 → all: the end has begun
 _START_NODE = b"\x03"  # node 0 → a standby: start your node, with these amounts
-_NODE_UP = b"\x04"  # standby → node 0: it is up, or why it is not
+NODE_UP = b"\x04"  # standby → node 0: it is up, or why it is not
 _END_NODE = b"\x05"  # node 0 → a link: end your node
 _TAG_STOP = 7  # rank 0 → MPI workers
 
@@ -95,11 +98,25 @@ class Watchdog:
             with self._mutex:
                 if time.monotonic() > self._deadline:
                     if self._text:
-                        _say(self._text)
+                        say(self._text)
                     os._exit(self._code)
 
 
-def _say(text: str) -> None:
+def facts(local_rank: int) -> dict[str, Any]:
+    """What the others must know of this process."""
+    return {
+        "host": socket.gethostname(),
+        "pid": os.getpid(),
+        "local": local_rank,
+        "build": _build(),
+        "protocol": VERSION,
+        "python": sys.version.split()[0],
+        "cpus": sorted(os.sched_getaffinity(0)),
+        "gpus": os.environ.get(host.VISIBLE_GPUS),
+    }
+
+
+def say(text: str) -> None:
     os.write(2, f"hpc-ray: {text}\n".encode())
 
 
@@ -110,7 +127,7 @@ class Rank:
         self.plan = plan
         self.control = control
         self.settings = Settings(**plan["settings"])
-        self.place = world.discover() or world.Rank(0, 1, 0, "no launcher")
+        self.place = self.find_place()
         self.reach = world.reach()
         self.driver = 0  # pid
         self.driver_status: int | None = None
@@ -127,6 +144,9 @@ class Rank:
             f"rank {self.place.rank}: the world of {self.place.size} ranks was not up after "
             f"{self.settings.start_timeout_s:g} s (HPC_RAY_START_TIMEOUT_S)",
         )
+
+    def find_place(self) -> world.Rank:
+        return world.discover() or world.Rank(0, 1, 0, "no launcher")
 
     def on_early_signal(self, number: int, frame: Any) -> None:
         """For an MPI worker: nothing, rank 0 decides; for the others, kept until they can act on it."""
@@ -227,18 +247,7 @@ class Rank:
 
     def roles(self) -> None:
         """Everybody learns who leads a node; node ``i`` is led by ``self.leaders[i]``."""
-        mine = {
-            "host": socket.gethostname(),
-            "pid": os.getpid(),
-            "local": self.place.local_rank,
-            "build": _build(),
-            "protocol": VERSION,
-            "python": sys.version.split()[0],
-            "cpus": sorted(os.sched_getaffinity(0)),
-            "gpus": os.environ.get(host.VISIBLE_GPUS),
-            "reach": self.reach,
-        }
-        self.ranks: list[dict[str, Any]] = self.world.allgather(mine)
+        self.ranks: list[dict[str, Any]] = self.world.allgather({**facts(self.place.local_rank), "reach": self.reach})
         self.reach = self.ranks[0]["reach"] | self.reach
         for key, name in (("build", "hpc_ray"), ("protocol", "the protocol of hpc_ray"), ("python", "Python")):
             versions: dict[str, list[int]] = {}
@@ -302,7 +311,7 @@ class Rank:
             share=share,
             share_index=share_index,
             settings=self.settings,
-            has_link=len(self.leaders) > 1,
+            has_link=self.has_link,
             environment={**self.reach, **self.plan["environment"]},
             python_path=self.plan["python_path"],
             working_dir=self.plan["working_dir"],
@@ -310,7 +319,7 @@ class Rank:
             **options,
         )
         _, lock = session.make_dir(name, self.node)
-        self.node_process.configure(config, lock, cpus=self.cpus)
+        self.node_process.configure(config, lock, cpus=self.cpus, outlives=self.plan["detached"])
         self.node_process.wait_ready()
         return connect(name, self.node, kind=ProcessKind.LINK, lane_index=LINK_LANE, handshake=False)
 
@@ -364,7 +373,7 @@ class Rank:
         if self.node < 0:
             code = self._park()
         else:
-            link = Link(self, attachment, communicator)
+            link = Link(self, attachment, lambda link: self.make_transport(link, communicator))
             if self.control is not None:
                 try:
                     channel.send_note(self.control, {"session": self.session, "roster": entries})
@@ -373,6 +382,18 @@ class Rank:
             code = link.run()
         self._finalize(code)
         return code
+
+    def make_transport(self, link: Link, communicator: Any) -> Transport:
+        from hpc_ray.transport.mpi import MPITransport
+
+        return MPITransport(communicator, list(range(len(self.leaders))), link, link.on_message)
+
+    @property
+    def has_link(self) -> bool:
+        return len(self.leaders) > 1
+
+    def host_of(self, node: int) -> str:
+        return str(self.ranks[self.leaders[node]]["host"])
 
     def show_roster(self, entries: list[dict[str, Any]]) -> None:
         if self.plan["quiet"]:
@@ -392,21 +413,26 @@ class Rank:
 
     def _refuse(self, text: str) -> int:
         """Says it once, on rank 0, and to whoever waits; ends what was prepared."""
-        if self.driver:
-            _end_child(self.driver)  # before it hears of it: the error is said once
+        self.say_refusal(text)
+        if self.node_process is not None:
+            self.node_process.close()
+        return 1
+
+    def say_refusal(self, text: str) -> None:
+        """Also ends the driver, before it hears of it: the error is said once."""
+        driver, self.driver = self.driver, 0
+        if driver:
+            _end_child(driver)
         if self.place.rank == 0:
             told = False
-            if self.control is not None and not self.driver:
+            if self.control is not None and not driver:
                 try:
                     channel.send_note(self.control, {"error": text})
                     told = True
                 except OSError:
                     pass
             if not told:
-                _say(text)
-        if self.node_process is not None:
-            self.node_process.close()
-        return 1
+                say(text)
 
     def _park(self) -> int:
         """An MPI worker: waits for the end, at little cost."""
@@ -453,17 +479,15 @@ class Rank:
 class Link:
     """One node's bridge."""
 
-    def __init__(self, rank: Rank, attachment: Attachment | None, communicator: Any):
+    def __init__(self, rank: Rank, attachment: Attachment | None, make_transport: Callable[[Link], Transport]):
         """``attachment`` None: a standby, whose node starts when node 0 says so."""
-        from hpc_ray.transport.mpi import MPITransport
-
         self.rank = rank
         self.node = rank.node
         self.address = address_of(self.node, LINK_LANE)
         self.attachment: Attachment | None = None
         self.lane: Any = None
         self.files: ObjectFiles | None = None
-        self.transport = MPITransport(communicator, list(range(len(rank.leaders))), self, self.on_message)
+        self.transport = make_transport(self)
         self.stopping = False
         self.node_alive = False
         self.code = 0
@@ -471,8 +495,16 @@ class Link:
         self.standby = list(range(rank.nodes, len(rank.leaders)))  # node 0: who can still be told to start
         self.awaited: dict[int, tuple[str, int]] = {}  # node 0: node → (what is awaited of it, the request's number)
         self.drains = signals.in_job()  # the end comes with the driver's (SIGNAL-1)
+        self.doorbell: Doorbell | None = None  # where the transport tells that something has come
+        if self.transport.fileno() >= 0:
+            self.doorbell = Doorbell(self.wake)
+            self.doorbell.add(self.transport.fileno())
+            if rank.driver:
+                self.doorbell.add(os.pidfd_open(rank.driver))
         if rank.control is not None:
             rank.control.setblocking(False)
+            if self.doorbell is not None:
+                self.doorbell.add(rank.control.fileno())
         self.signalled = 0  # the signal that has come
         for number in signals.DRAINING if self.drains else (signal.SIGTERM,):
             signal.signal(number, self.on_signal)
@@ -489,6 +521,8 @@ class Link:
         self.node_alive = True
         channel.send_note(attachment.connection, {"remove": session.shared_files(self.rank.place.rank, everything=self.node == 0)})
         attachment.connection.setblocking(False)
+        if self.doorbell is not None:
+            self.doorbell.add(attachment.connection.fileno())
         hello = ProcessStarted(int(ProcessKind.LINK), attachment.worker_id, os.getpid(), 0, build=_build())
         self.lane.send(raylet_address(self.node), encode(hello))
 
@@ -503,22 +537,32 @@ class Link:
     # -- the loop
 
     def run(self) -> int:
-        lane, transport = self.lane, self.transport
+        lane, transport, doorbell = self.lane, self.transport, self.doorbell
         park = FIRST_PARK_S
         quiet_since = time.monotonic()
         next_watch = 0.0
         ctypes.CDLL(None).prctl(_PR_SET_TIMERSLACK, SLACK_NS)
         while True:
-            moved = False
+            moved = slept = False
             if lane is None:
                 time.sleep(0.0 if transport.busy else STANDBY_PARK_S)
                 lane = self.lane
             elif transport.backlog_bytes < BACKLOG_BYTES:
                 wait = 0.0 if transport.busy or time.monotonic() - quiet_since < SPIN_S else park
-                envelopes = lane.receive_envelopes(wait, spin=False)
+                if doorbell is None:
+                    envelopes = lane.receive_envelopes(wait, spin=False)
+                elif wait == 0.0 or self.stopping:
+                    envelopes = lane.receive_envelopes(min(wait, PARK_S), spin=False)
+                else:
+                    slept = True
+                    doorbell.arm()
+                    envelopes = lane.receive_envelopes(transport.sleep_s(), spin=False)
+                    doorbell.disarm()
                 if envelopes:
                     moved = True
                     self.send_all(envelopes)
+            elif doorbell is not None and not transport.busy:
+                doorbell.wait(PARK_S)
             self.arrived = False
             for event in transport.poll():
                 self.on_event(event)
@@ -530,7 +574,7 @@ class Link:
                 os.sched_yield()  # to whom it may carry something next
             elif now - quiet_since >= LIVELY_S:
                 park = min(park * 1.2, next(longest for silence, longest in PARKS_S if now - quiet_since < silence))
-            if now >= next_watch:
+            if now >= next_watch or (slept and not moved and not self.arrived):  # perhaps somebody else has rung
                 next_watch = now + WATCH_S
                 self.watch()
                 if self.stopping and not self.node_alive:
@@ -559,7 +603,7 @@ class Link:
         for source, destination, payload in envelopes:
             node = node_of(destination)
             if node != self.node:
-                if node < self.transport.nodes and node not in self.gone:
+                if node not in self.gone and self.transport.reaches(node):
                     self.transport.send(node, source, destination, payload)
             else:
                 self.on_local(payload)
@@ -572,7 +616,7 @@ class Link:
             print(f"link {self.node}: {error}", file=sys.stderr)
             return
         if isinstance(message, TransferObject):
-            if message.source_node in self.gone or message.source_node >= self.transport.nodes:
+            if message.source_node in self.gone or not self.transport.reaches(message.source_node):
                 self.on_event(TransferEnded(message.transfer_id, f"node {message.source_node} is gone"))
             else:
                 self.transport.transfer(
@@ -597,12 +641,12 @@ class Link:
             self.on_node_gone(node, data[1:].decode())
         elif data[:1] == _START_NODE:
             self.on_start_node(json.loads(data[1:]))
-        elif data[:1] == _NODE_UP:
+        elif data[:1] == NODE_UP:
             self.answer(node, json.loads(data[1:]))
         elif data[:1] == _END_NODE:
             self.on_end_node(data[1:] == b"kill")
 
-    def on_event(self, event: Any) -> None:
+    def on_event(self, event: Event) -> None:
         if isinstance(event, TransferEnded):
             self.lane.send(raylet_address(self.node), encode(TransferDone(event.transfer_id, event.error)))
         elif isinstance(event, PeerLost):
@@ -625,7 +669,7 @@ class Link:
             cause = DeathCause("NODE_DIED", text)
             died = ProcessDied(address_of(node, LINK_LANE), b"", 0, int(ProcessKind.LINK), cause)
             self.lane.send(GCS_ADDRESS, encode(died))
-            _say(f"node {node} on {self.rank.ranks[self.rank.leaders[node]]['host']} is gone: {text}")
+            say(f"node {node} on {self.rank.host_of(node)} is gone: {text}")
 
     # -- nodes that come and go
 
@@ -649,6 +693,10 @@ class Link:
     def tell(self, node: int, payload: bytes) -> None:
         self.transport.send(node, self.address, address_of(node, LINK_LANE), payload)
 
+    def tell_all(self, payload: bytes) -> None:
+        for node in self.transport.others():
+            self.tell(node, payload)
+
     def answer(self, node: int, note: dict[str, Any]) -> None:
         awaited = self.awaited.pop(node, None)
         if awaited is not None:
@@ -665,10 +713,10 @@ class Link:
         try:
             attachment = self.rank.bring_up(1, 0, options)
         except Exception as error:
-            self.tell(0, _NODE_UP + json.dumps({"error": str(error)}).encode())
+            self.tell(0, NODE_UP + json.dumps({"error": str(error)}).encode())
             return
         self.adopt(attachment)
-        self.tell(0, _NODE_UP + json.dumps({"node_id": attachment.config.node_id}).encode())
+        self.tell(0, NODE_UP + json.dumps({"node_id": attachment.config.node_id}).encode())
 
     def on_end_node(self, at_once: bool) -> None:
         process = self.rank.node_process
@@ -685,8 +733,15 @@ class Link:
 
     def on_signal(self, number: int, frame: Any) -> None:
         self.signalled = number
-        if self.lane is not None:
-            self.lane.wake()
+        self.wake()
+
+    def wake(self) -> None:
+        """Ends its sleep; any thread, also a signal handler."""
+        try:
+            if self.lane is not None:
+                self.lane.wake()
+        except RuntimeError:
+            pass  # it is closed: we are awake
 
     def watch(self) -> None:
         if self.signalled and not self.stopping:
@@ -703,7 +758,7 @@ class Link:
         if self.rank.control is not None and not self.stopping:
             commands: list[dict[str, Any]] = []
             if _closed(self.rank.control, commands)[0]:
-                self.stop("the driver has closed the cluster")
+                self.on_control_closed()
             for command in commands:
                 self.on_command(command)
         if self.node_alive:
@@ -713,6 +768,9 @@ class Link:
                 self.node_alive = False
                 self.on_own_node_gone(note)
 
+    def on_control_closed(self) -> None:
+        self.stop("the driver has closed the cluster")
+
     def on_own_node_gone(self, text: str) -> None:
         if self.rank.node_process is not None:
             self.rank.node_process.close()
@@ -720,14 +778,12 @@ class Link:
             return
         text = text or "its node process was killed"
         if self.node == 0:
-            self.code = 0 if text.startswith(_ORDERLY) else 1
+            self.code = 0 if text.startswith(ORDERLY) else 1
             if self.code:
-                _say(f"the head node is gone: {text}")
+                say(f"the head node is gone: {text}")
             self.stop(text, code=self.code)
         else:
-            for node in range(self.transport.nodes):
-                if node != self.node:
-                    self.transport.send(node, self.address, address_of(node, LINK_LANE), _NODE_GONE + text.encode())
+            self.tell_all(_NODE_GONE + text.encode())
 
     def stop(self, reason: str, code: int = 0) -> None:
         """The end begins: here and, from node 0, everywhere."""
@@ -736,8 +792,7 @@ class Link:
         self.stopping = True
         self.code = self.code or code
         if self.node == 0:
-            for node in range(1, self.transport.nodes):
-                self.transport.send(node, self.address, address_of(node, LINK_LANE), _STOP + reason.encode())
+            self.tell_all(_STOP + reason.encode())
         if self.rank.node_process is not None and self.node_alive:
             self.rank.node_process.control.close()  # it ends now; its connection tells when it has ended
 
@@ -762,7 +817,7 @@ def _closed(connection: socket.socket, commands: list[dict[str, Any]] | None = N
                 return True, words
             if commands is not None and "request" in note:
                 commands.append(note)
-            words = note.get("died") or (_ORDERLY + note["ended"] if "ended" in note else words)
+            words = note.get("died") or (ORDERLY + note["ended"] if "ended" in note else words)
     except BlockingIOError:
         if words:
             connection.setblocking(True)  # the end follows
@@ -778,7 +833,7 @@ def _closed(connection: socket.socket, commands: list[dict[str, Any]] | None = N
 
 
 _PR_SET_TIMERSLACK = 29  # of prctl
-_ORDERLY = "ended in order: "
+ORDERLY = "ended in order: "
 _PAIRING = (
     "Use the mpirun of the MPI that mpi4py loads (`hpc-ray run -n N script.py` does), or under Slurm `srun --mpi=pmix` for "
     "Open MPI and `srun --mpi=pmi2` for MPICH"
@@ -875,7 +930,7 @@ def main(arguments: list[str]) -> int:
         code = rank.run()
     except BaseException as error:
         traceback.print_exc()
-        _say(f"rank {rank.place.rank}: {type(error).__name__}: {error}")
+        say(f"rank {rank.place.rank}: {type(error).__name__}: {error}")
         code = 1
     rank.send_report(code)
     rank.watchdog.set(FINALIZE_S, code=code)

@@ -1,7 +1,7 @@
 """Entry of a node process: ``python -P -m hpc_ray.launcher.node FD [ROLES]``.
 
-FD is one end of ``channel.pair()``; whoever holds the other end sends ``{"config", "detached", "cpus"}`` with the
-descriptor of the folder's lock, gets ``{"ready"}`` or ``{"error"}``, and keeps the end open for as long as the node shall live.
+FD is one end of ``channel.pair()``; whoever holds the other end sends ``{"config", "detached", "outlives", "cpus"}``
+with the descriptor of the folder's lock, gets ``{"ready"}`` or ``{"error"}``, and keeps the end open for as long as the node shall live.
 ROLES (JSON, for tests) names other entry points than the real ones, as "module:function".
 """
 
@@ -54,7 +54,9 @@ def main(arguments: list[str]) -> int:
         os.environ.update(config.environment)
         if note.get("cpus"):  # launchers bind their ranks, and so would have bound all our workers
             os.sched_setaffinity(0, note["cpus"])
-        server = ForkServer(config, control, lock, load, roles, detached=bool(note.get("detached")))
+        server = ForkServer(
+            config, control, lock, load, roles, detached=bool(note.get("detached")), outlives=bool(note.get("outlives"))
+        )
         server.start()
         importlib.import_module(roles["worker"].partition(":")[0])
         gc.collect()

@@ -145,11 +145,14 @@ class NodeProcess:
             )
         theirs.close()
 
-    def configure(self, config: NodeConfig, lock: int, *, detached: bool = False, cpus: set[int] | None = None) -> None:
-        """Says what the node is and which CPUs it may use (None: those it has); ``lock`` is closed here. ``wait_ready`` comes next."""
+    def configure(
+        self, config: NodeConfig, lock: int, *, detached: bool = False, outlives: bool = False, cpus: set[int] | None = None
+    ) -> None:
+        """Says what the node is and which CPUs it may use (None: those it has); ``lock`` is closed here. ``wait_ready`` comes next.
+        ``detached``: it does not end with us; ``outlives``: it does, but we are not a driver's."""
         self.session, self.node, self.folder = config.session, config.node, config.session_dir
         self._timeout_s = config.settings.start_timeout_s
-        note = {"config": encode_config(config), "detached": detached, "cpus": sorted(cpus or ())}
+        note = {"config": encode_config(config), "detached": detached, "outlives": outlives or detached, "cpus": sorted(cpus or ())}
         try:
             channel.send_note(self.control, note, (lock,))
         except OSError:

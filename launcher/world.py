@@ -85,12 +85,14 @@ def make_plan(
     control: str = "",
     report: str = "",
     standby: int = 0,
+    detached: bool = False,
 ) -> dict[str, Any]:
     """What the ranks shall do; the argument of ``link.main``, as JSON.
 
     ``options``: amounts for each node, as for ``local.node_config``. ``nodes``: how many (None: one for each host).
     ``standby``: this many more ranks can be told later to lead a node. ``world``: the number of ranks that must come.
-    ``script``: rank 0 runs it as the driver. ``control`` and ``report``: abstract sockets of whoever started this, for rank 0.
+    ``detached``: it outlives drivers. ``script``: rank 0 runs it as the driver. ``control`` and
+    ``report``: abstract sockets of whoever started this, for rank 0.
     """
     return {
         "options": options,
@@ -107,12 +109,38 @@ def make_plan(
         "control": control,
         "report": report,
         "standby": standby,
+        "detached": detached,
         "host": socket.gethostname(),
         "tag": secrets.token_hex(4),  # ends the session's name
     }
 
 
+def with_members(
+    plan: dict[str, Any],
+    *,
+    launches: list[dict[str, Any]] | None = None,
+    head_options: dict[str, Any] | None = None,
+    join_file: str = "",
+) -> dict[str, Any]:
+    """The plan of a world's head that talks TCP with the others (``member``). Without ``launches`` (``hosts.Launch``) all nodes of the
+    plan are virtual ones. ``head_options``: amounts of the head, where they are others than those of the rest. ``join_file``: where
+    the invitation for more nodes is left."""
+    return {
+        **plan,
+        "nodes": None,
+        "world": plan["nodes"] or 1,
+        "virtual": launches is None,
+        "launches": launches or [],
+        "head_options": plan["options"] if head_options is None else head_options,
+        "own_options": {},
+        "invited": False,
+        "join_file": join_file,
+        "secret": "",
+    }
+
+
 LINK_COMMAND = [sys.executable, "-P", "-m", "hpc_ray.launcher.link"]
+MEMBER_COMMAND = [sys.executable, "-P", "-m", "hpc_ray.launcher.member"]
 
 
 def under_root(environment: dict[str, str]) -> dict[str, str]:
@@ -352,13 +380,16 @@ def start_virtual(
     quiet: bool = True,
     standby: int = 0,
 ) -> World:
-    """mpirun with one link for each virtual node of this host, and ``standby`` more that can be told to lead one.
+    """One link for each virtual node of this host. By mpirun, and with ``standby`` more that can be told to lead one; or over TCP, where
+    more can come at any time.
 
     Raises:
         LaunchError: no MPI, or it did not come up; with what it printed.
     """
-    check_ranks(nodes + standby)
-    mpirun = find_mpirun()
+    settings = settings or Settings.from_environment()
+    over_tcp = settings.transport == "tcp"
+    check_ranks(nodes + (0 if over_tcp else standby))
+    mpirun = None if over_tcp else find_mpirun()
     listener, name = listen()
     plan = make_plan(
         options,
@@ -372,29 +403,34 @@ def start_virtual(
         quiet=quiet,
         control=name,
     )
+    command = MEMBER_COMMAND
+    if mpirun is not None:
+        command = mpirun_command(mpirun, nodes + standby, LINK_COMMAND)
+    else:
+        plan = with_members(plan)
     variables = own_host_environment()
     variables[PLAN_VARIABLE] = json.dumps(plan)
     errors = os.memfd_create("hpc_ray-mpirun")
     child = subprocess.Popen(
-        mpirun_command(mpirun, nodes + standby, LINK_COMMAND),
+        command,
         env=variables,
         stdin=subprocess.DEVNULL,
         stdout=errors,
         stderr=errors,
         start_new_session=True,
     )
-    timeout_s = (settings or Settings.from_environment()).start_timeout_s
+    timeout_s = settings.start_timeout_s
 
     def printed() -> str:
         size = os.fstat(errors).st_size
         text = os.pread(errors, 8000, max(0, size - 8000)).decode("utf-8", "replace").strip()
-        return f"\nmpirun printed:\n{text}" if text else ""
+        return f"\n{os.path.basename(command[0])} printed:\n{text}" if text else ""
 
     try:
         control = _accept(listener, child, timeout_s)
         if control is None:
             end_process(child, 1.0)
-            raise LaunchError(f"{mpirun.path} did not bring up {nodes} nodes{printed()}")
+            raise LaunchError(f"{command[0]} did not bring up {nodes} nodes{printed()}")
         world = World(control, child)
         try:
             world.wait_ready(timeout_s)

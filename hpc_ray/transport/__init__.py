@@ -1,8 +1,8 @@
 """Between nodes: the interface that a link drives.
 
 A transport moves messages (source and destination address, payload) and objects (arena to arena) between the nodes of a
-session. ``mpi`` is the real one, ``inprocess`` the one for tests and the simulator. It belongs to one thread, never blocks
-except in ``close``, and does its work in ``poll``.
+session. ``mpi`` is the one for worlds that end together, ``tcp`` the one for nodes that come and are lost, ``inprocess`` the one for
+tests and the simulator. It belongs to one thread, never blocks except in ``close``, and does its work in ``poll``.
 
 TRANSPORT-1 (order): messages to one node arrive in the order of ``send``, each once.
 TRANSPORT-2 (bounded): what a slow peer has not taken yet waits at the sender, as ``backlog_bytes``.
@@ -33,7 +33,21 @@ class TransferEnded(NamedTuple):
     error: str
 
 
-Event = Union[PeerLost, TransferEnded]  # noqa: UP007 (3.10 evaluates it)
+class Joining(NamedTuple):
+    """``tcp``: somebody who knows the session's secret wants to be a node; ``admit`` or ``refuse`` it."""
+
+    door: int
+    facts: dict[str, Any]
+
+
+class Expelled(NamedTuple):
+    """``tcp``: a peer says that the others go on without this node."""
+
+    node: int
+    text: str
+
+
+Event = Union[PeerLost, TransferEnded, Joining, Expelled]  # noqa: UP007 (3.10 evaluates it)
 
 
 class Objects(Protocol):
@@ -50,7 +64,15 @@ class Transport(ABC):
     """One node's end."""
 
     node: int
-    nodes: int
+    nodes: int  # the highest number there has been, plus one
+
+    def others(self) -> list[int]:
+        """The other nodes, as far as they are not known to be lost."""
+        return [node for node in range(self.nodes) if node != self.node]
+
+    def reaches(self, node: int) -> bool:
+        """Whether there is such a node, or may be soon."""
+        return 0 <= node < self.nodes
 
     @abstractmethod
     def send(self, node: int, source: int, destination: int, payload: bytes) -> None:
@@ -63,6 +85,14 @@ class Transport(ABC):
     @abstractmethod
     def poll(self) -> list[Event]:
         """Sends, receives, delivers; returns what else happened."""
+
+    def fileno(self) -> int:
+        """A descriptor that is readable when ``poll`` has something to do; -1: there is none, one has to look."""
+        return -1
+
+    def sleep_s(self) -> float:
+        """With a ``fileno``: ``poll`` need not be called before that, unless it is readable."""
+        return 0.0
 
     @property
     @abstractmethod
