@@ -39,6 +39,7 @@ ROUND_BYTES = 8 << 20  # for one peer before the others have their turn
 GREET_S = 10.0  # to prove who one is
 DOORS = 128  # connections at once that have not proved it yet
 HELLO_BYTES = 64 << 10
+_CLOSE_LOOK_S = 0.05
 SECRET_BYTES = 32
 
 _FRAME = struct.Struct("<BxxxIQQ")  # kind, bytes that follow, and two numbers
@@ -246,7 +247,7 @@ class _Door:
 class _Peer:
     """What we know of one other node."""
 
-    __slots__ = ("addresses", "blocked", "body", "bytes_out", "connection", "deadline", "farewell", "frame", "lost", "node", "objects",
+    __slots__ = ("addresses", "blocked", "body", "bytes_out", "connection", "deadline", "ended", "farewell", "frame", "lost", "node", "objects",
                  "out", "partial", "sent_at")  # fmt: skip
 
     def __init__(self, node: int, deadline: float):
@@ -255,6 +256,7 @@ class _Peer:
         self.addresses: list[Address] = []  # to be tried yet
         self.lost = False
         self.farewell = False  # it has said goodbye
+        self.ended = False  # and closed its side, while we are closing
         self.deadline = deadline  # for its next sign of life
         self.sent_at = 0.0
         self.out: deque[Any] = deque()  # buffers
@@ -542,7 +544,7 @@ class TCPTransport(Transport):
         except BlockingIOError:
             peer.blocked = True
             self._sending.discard(peer)
-            self._epoll.modify(connection.fileno(), select.EPOLLIN | select.EPOLLOUT)
+            self._epoll.modify(connection.fileno(), select.EPOLLOUT | (0 if peer.ended else select.EPOLLIN))
         except OSError as error:
             self._on_end(peer, error)
             return
@@ -699,9 +701,10 @@ class TCPTransport(Transport):
     # -- losses
 
     def _on_end(self, peer: _Peer, error: OSError | None) -> None:
-        if self._closing and (error is None or peer.farewell):
-            self._disconnect(peer)
-            peer.lost = True
+        if self._closing and error is None:  # it has nothing more to say, and may still listen
+            peer.ended = True
+            assert peer.connection is not None
+            self._epoll.modify(peer.connection.fileno(), select.EPOLLOUT if peer.blocked else 0)
             return
         if peer.farewell:
             text = "it has left"
@@ -772,9 +775,9 @@ class TCPTransport(Transport):
             if peer is not None:
                 if mask & select.EPOLLOUT:
                     peer.blocked = False
-                    self._epoll.modify(fd, select.EPOLLIN)
+                    self._epoll.modify(fd, 0 if peer.ended else select.EPOLLIN)
                     self._sending.add(peer)
-                if mask & ~select.EPOLLOUT:
+                if mask & ~select.EPOLLOUT and not peer.ended:
                     self._read(peer)
             elif fd in self._doors:
                 self._on_door(fd)
@@ -810,18 +813,20 @@ class TCPTransport(Transport):
         shut: set[int] = set()
         while time.monotonic() < deadline and not done:
             self.poll()
-            done = True
             for peer in self._peers.values():
-                if peer.connection is not None:
-                    done = False
-                    if not peer.out and peer.node not in shut:
-                        shut.add(peer.node)
-                        try:
-                            peer.connection.shutdown(socket.SHUT_WR)
-                        except OSError:
-                            pass
+                if peer.connection is None or peer.out:
+                    continue
+                if peer.ended:
+                    self._disconnect(peer)
+                elif peer.node not in shut:
+                    shut.add(peer.node)
+                    try:
+                        peer.connection.shutdown(socket.SHUT_WR)
+                    except OSError:
+                        pass
+            done = all(peer.connection is None for peer in self._peers.values())
             if not done:
-                self._wait(0.05)
+                select.select([self._epoll.fileno()], [], [], _CLOSE_LOOK_S)
         for peer in self._peers.values():
             self._disconnect(peer)
         for door in self._doors.values():
@@ -830,9 +835,6 @@ class TCPTransport(Transport):
         self._listener.close()
         self._epoll.close()
         return done
-
-    def _wait(self, seconds: float) -> None:
-        select.select([self._epoll.fileno()], [], [], seconds)
 
 
 _NOTHING: list[Event] = []

@@ -63,6 +63,12 @@ def test_messages_and_objects_arrive_whole():
 # ------------------------------------------------------------------ virtual nodes
 
 
+@pytest.fixture(params=["mpi", "tcp"])
+def transport(request, monkeypatch):
+    monkeypatch.setenv("HPC_RAY_TRANSPORT", request.param)
+    return request.param
+
+
 DRIVER = """
 import os, sys, time
 import numpy as np
@@ -97,10 +103,11 @@ def driver(then: str) -> subprocess.Popen:
 
 
 def links_of(pid: int) -> list[int]:
-    """Pids of link processes that descend from a process."""
+    """Pids of link processes that descend from a process; over TCP the head's is the first."""
     found = []
     for child in session.children(pid):
-        if b"hpc_ray.launcher.link" in Path(f"/proc/{child}/cmdline").read_bytes().split(b"\0")[:8]:
+        words = Path(f"/proc/{child}/cmdline").read_bytes().split(b"\0")[:8]
+        if b"hpc_ray.launcher.link" in words or b"hpc_ray.launcher.member" in words:
             try:
                 if os.readlink(f"/proc/{child}/exe") == os.path.realpath(sys.executable):
                     found.append(child)
@@ -115,7 +122,7 @@ def shared_files(pids: list[int]) -> set[str]:
     return {line[line.index("/dev/shm/") :] for line in lines if "/dev/shm/" in line and "(deleted)" not in line}
 
 
-def test_actors_and_objects_on_three_nodes():
+def test_actors_and_objects_on_three_nodes(transport):
     text = """
 n = 2_000_000
 arrays = [h.make.remote(n) for h in holders]
@@ -128,7 +135,7 @@ print('all right', flush=True)
     assert "all right" in out and process.returncode == 0, err
 
 
-def test_collectives_over_three_nodes():
+def test_collectives_over_three_nodes(transport):
     text = """
 from hpc_ray.util import collective
 def call(self, rank, n):
@@ -152,7 +159,7 @@ except ray.exceptions.ActorDiedError as error:
     assert "all right" in out and process.returncode == 0, err
 
 
-def test_a_compiled_graph_over_three_nodes():
+def test_a_compiled_graph_over_three_nodes(transport):
     """Small values go as messages, large ones are fetched from the node where they lie; the end of a node ends the graph."""
     text = """
 from hpc_ray.dag import InputNode, MultiOutputNode
@@ -177,7 +184,7 @@ graph.teardown()
     assert "all right" in out and process.returncode == 0, err
 
 
-def test_links_sleep_when_nothing_happens():
+def test_links_sleep_when_nothing_happens(transport):
     with driver("print('up', flush=True); sys.stdin.read(); time.sleep(1000)") as process:
         assert process.stdout.readline()
         time.sleep(1.5)  # links lengthen their intervals after a second of silence
@@ -198,7 +205,9 @@ def test_links_sleep_when_nothing_happens():
 
 
 @pytest.mark.parametrize("victim", ["driver", "mpirun", "head link"])
-def test_a_death_ends_all(victim, eventually):
+def test_a_death_ends_all(victim, transport, eventually):
+    if transport == "tcp" and victim == "mpirun":
+        pytest.skip("there is no mpirun over TCP")
     text = """
 print(world.child.pid, flush=True)
 try:
@@ -216,12 +225,15 @@ except ray.exceptions.RayError as error:
         elif victim == "mpirun":
             os.kill(launcher, signal.SIGKILL)
         else:
-            head = [pid for pid in links if _rank_of(pid) == 0]
-            os.kill(head[0], signal.SIGKILL)
+            os.kill(_link_of(0, links, transport), signal.SIGKILL)
         out, err = process.communicate(timeout=60)
     if victim != "driver":
         assert out.strip(), err
     eventually(lambda: not [path for path in files if os.path.exists(path)], "MPI's shared memory is gone")
+
+
+def _link_of(node: int, links: list[int], transport: str) -> int:
+    return links[node] if transport == "tcp" else next(pid for pid in links if _rank_of(pid) == node)
 
 
 def _rank_of(pid: int) -> int:
@@ -231,8 +243,8 @@ def _rank_of(pid: int) -> int:
     return rank.rank
 
 
-def test_death_of_another_link(eventually):
-    """With ULFM the node is lost and the others go on; without it, the job ends with an error and nothing stays."""
+def test_death_of_another_link(transport):
+    """With ULFM and over TCP the node is lost and the others go on; without, the job ends with an error and nothing stays."""
     text = """
 print(world.child.pid, flush=True)
 sys.stdin.readline()
@@ -258,10 +270,9 @@ except ray.exceptions.RayError as error:
     )
     with process:
         process.stdout.readline()
-        victim = next(pid for pid in links_of(process.pid) if _rank_of(pid) == 2)
-        os.kill(victim, signal.SIGKILL)
+        os.kill(_link_of(2, links_of(process.pid), transport), signal.SIGKILL)
         out, err = process.communicate("\n", timeout=90)
-    if OPEN_MPI:
+    if OPEN_MPI or transport == "tcp":
         assert "alive 2" in out and "fine 2" in out, (out, err)
     else:
         assert out.strip() and "fine 3" not in out, (out, err)
