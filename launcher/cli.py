@@ -28,12 +28,13 @@ from hpc_ray import as_ray as as_ray_module
 from hpc_ray.config import Settings
 from hpc_ray.exceptions import RayError
 from hpc_ray.ids import GCS_ADDRESS
-from hpc_ray.launcher import channel, local, session, submission, world
+from hpc_ray.launcher import channel, hosts, local, member, session, submission, world
 from hpc_ray.launcher.relay import Relay
 from hpc_ray.protocol import UNIT, Answer, ProcessLeaving, Query, decode, encode
 from hpc_ray.version import __version__
 
 _END_S = 10.0
+hosts_module = hosts  # an option has its name
 
 
 def _fail(text: str, code: int = 1) -> NoReturn:
@@ -67,6 +68,18 @@ def _amounts(command: Any) -> Any:
         click.option("--resources", callback=_json_object, help="Custom resources of each node, as JSON."),
         click.option("--memory", type=int, help="Bytes of memory for tasks on each node."),
         click.option("--object-store-memory", type=int, help="Bytes of each node's object store."),
+    ):
+        command = option(command)
+    return command
+
+
+def _places(command: Any) -> Any:
+    """Options for where nodes over TCP are, and who may come later."""
+    for option in (
+        click.option("--hosts", help="Hosts, like node1,node2, each a node that may be lost while the others go on."),
+        click.option("--hostfile", type=click.Path(exists=True, dir_okay=False), help="The same, one on a line as for mpirun."),
+        click.option("--agent", help=f"Starts nodes on other hosts, as AGENT HOST COMMAND (default: {hosts.DEFAULT_AGENT})."),
+        click.option("--join-file", type=click.Path(dir_okay=False), help="Leave here what `hpc-ray start --join` needs."),
     ):
         command = option(command)
     return command
@@ -106,7 +119,13 @@ def cli(context: click.Context) -> None:
 
 @cli.command(context_settings={"ignore_unknown_options": False, "allow_interspersed_args": False})
 @click.option("-n", "--ranks", type=int, help="Ranks to start with mpirun; the lowest of each host leads its node.")
-@click.option("--nodes", type=int, help="Nodes; on one host these are virtual ones (default: one for each host).")
+@click.option("-N", "--nodes", type=int, help="Nodes; on one host these are virtual ones (default: one for each host).")
+@click.option(
+    "--survive-nodes",
+    is_flag=True,
+    help="The loss of a node that is not this host is not the end. Nodes are those of the Slurm job, of --hosts, or virtual ones.",
+)
+@_places
 @_amounts
 @click.option("--as-ray", is_flag=True, help="`import ray` gives hpc_ray, in the script and in all workers.")
 @click.option("-q", "--quiet", is_flag=True, help="Do not print the roster.")
@@ -116,14 +135,19 @@ def cli(context: click.Context) -> None:
 def run(
     ranks: int | None,
     nodes: int | None,
+    survive_nodes: bool,
     as_ray: bool,
     quiet: bool,
     mpirun_options: tuple[str, ...],
     script: str,
     arguments: tuple[str, ...],
+    hosts: str | None,
+    hostfile: str | None,
+    agent: str | None,
+    join_file: str | None,
     **options: Any,
 ) -> None:
-    """Run SCRIPT as the driver of a cluster: on this host, over mpirun, or in the ranks of an MPI job."""
+    """Run SCRIPT as the driver of a cluster: on this host, over mpirun, in the ranks of an MPI job, or on hosts that may be lost."""
     place = world.discover()
     say = place is None or place.rank == 0
     if not os.path.isfile(script):
@@ -141,6 +165,17 @@ def run(
         command = ["-P", "-c", "from hpc_ray.as_ray import main; main()", *command]
     inherited = os.environ.get("PYTHONPATH", "").split(os.pathsep)
     python_path = [os.path.dirname(os.path.realpath(script)), *(path for path in inherited if path)]
+    named = bool(hosts or hostfile)
+    if survive_nodes or named or join_file or (Settings.from_environment().transport == "tcp" and (ranks or nodes or 1) > 1):
+        if place is not None and place.size > 1:
+            if say:
+                _fail(f"with --survive-nodes nodes are started from here: start this once, without {place.launcher}", 2)
+            _fail_silently(place)
+        plan = _plan(options, None, 1, quiet, command, python_path)
+        plan = _with_hosts(plan, _named_hosts(hosts, hostfile, survive_nodes), agent, nodes or ranks, join_file)
+        sys.exit(_supervise(world.MEMBER_COMMAND, plan))
+    if agent:
+        _fail("--agent is for nodes on other hosts: name them with --hosts or --hostfile", 2)
     if place is not None and place.size > 1:
         if ranks is not None and ranks != place.size:
             if say:
@@ -158,13 +193,53 @@ def run(
     if wanted == 1:
         _exec_script(command, options)
     world.check_ranks(wanted)
-    sys.exit(_supervise(wanted, _plan(options, nodes, wanted, quiet, command, python_path), list(mpirun_options)))
+    mpirun = world.mpirun_command(world.find_mpirun(), wanted, world.LINK_COMMAND, list(mpirun_options))
+    sys.exit(_supervise(mpirun, _plan(options, nodes, wanted, quiet, command, python_path)))
 
 
 def _plan(
     options: dict[str, Any], nodes: int | None, ranks: int, quiet: bool, command: list[str], python_path: list[str]
 ) -> dict[str, Any]:
     return world.make_plan(options, nodes=nodes, world=ranks, quiet=quiet, script=command, python_path=python_path)
+
+
+def _named_hosts(names: str | None, hostfile: str | None, survive_nodes: bool) -> list[str] | None:
+    """Hosts of the command line, or of the Slurm job; None: nodes are virtual."""
+    if names and hostfile:
+        _fail("--hosts and --hostfile say the same: give one of them", 2)
+    found = None
+    if names:
+        found = hosts_module.read_hosts(names)
+    elif hostfile:
+        with open(hostfile) as file:
+            found = hosts_module.read_hostfile(file.read())
+    elif survive_nodes and os.environ.get("SLURM_JOB_NODELIST"):
+        found = hosts_module.expand_nodelist(os.environ["SLURM_JOB_NODELIST"])
+    if found == []:
+        _fail("no host was named", 2)
+    return found
+
+
+def _with_hosts(
+    plan: dict[str, Any], names: list[str] | None, agent: str | None, nodes: int | None, join_file: str | None
+) -> dict[str, Any]:
+    """The plan of a cluster over TCP. This host leads it; where it is not one of those named it runs the driver and nothing else."""
+    plan["settings"]["transport"] = "tcp"
+    if names is None:
+        if agent:
+            _fail("--agent is for nodes on other hosts: name them with --hosts or --hostfile", 2)
+        world.check_ranks(nodes or 1)
+        launches: list[dict[str, Any]] | None = None if (nodes or 1) > 1 else []
+        return world.with_members({**plan, "nodes": nodes or 1}, launches=launches, join_file=join_file or "")
+    if nodes is not None:
+        if nodes > len(names):
+            _fail(f"{nodes} nodes were asked for, but there are {len(names)} hosts: {', '.join(names[:8])}", 2)
+        names = names[:nodes]
+    here, others = hosts_module.split(names)
+    launches = hosts_module.as_json(hosts_module.plan_launches(others, agent, os.getcwd(), dict(os.environ)))
+    head_options = plan["options"] if here else {**plan["options"], "num_cpus": 0, "num_gpus": 0, "resources": None}
+    plan["nodes"] = len(others) + 1
+    return world.with_members(plan, launches=launches, head_options=head_options, join_file=join_file or "")
 
 
 def _exec_script(command: list[str], options: dict[str, Any]) -> NoReturn:
@@ -178,9 +253,8 @@ def _exec_script(command: list[str], options: dict[str, Any]) -> NoReturn:
     os.execve(sys.executable, [sys.executable, *command], variables)
 
 
-def _supervise(ranks: int, plan: dict[str, Any], extra: list[str]) -> int:
-    """Runs mpirun to its end; the script's exit code."""
-    mpirun = world.find_mpirun()
+def _supervise(command: list[str], plan: dict[str, Any]) -> int:
+    """Runs mpirun, or the head of a cluster over TCP, to its end; the script's exit code."""
     listener, plan["report"] = world.listen()
     listener.setblocking(False)
     variables = world.under_root(dict(os.environ))
@@ -197,7 +271,7 @@ def _supervise(ranks: int, plan: dict[str, Any], extra: list[str]) -> int:
         signal.signal(number, lambda received, frame: stopped.append(received))
     ours, theirs = os.pipe()
     child = subprocess.Popen(
-        world.mpirun_command(mpirun, ranks, world.LINK_COMMAND, extra),
+        command,
         env=variables,
         stderr=theirs,
         preexec_fn=before_exec,  # noqa: PLW1509  this program has no threads
@@ -266,13 +340,57 @@ def _wait_for_nodes(plan: dict[str, Any]) -> None:
 
 @cli.command()
 @click.option("--head", is_flag=True, help="Accepted for Ray's sake; a cluster's first node is its head.")
+@click.option("--join", type=click.Path(dir_okay=False), help="Be a node of the cluster whose --join-file this is.")
+@click.option("--block", is_flag=True, help="With --join: stay in the foreground, and leave when this command is ended.")
+@_places
 @_amounts
-def start(head: bool, **options: Any) -> None:
-    """Start a one-node cluster that outlives drivers; `init(address="auto")` finds it."""
-    attachment = local.start_local(settings=Settings.from_environment(), build=__version__, detached=True, **options)
-    name = attachment.config.session
-    _leave(attachment)
-    click.echo(f'hpc-ray: session {name} runs. Connect with init(address="auto"), end it with `hpc-ray stop`.')
+def start(
+    head: bool,
+    join: str | None,
+    block: bool,
+    hosts: str | None,
+    hostfile: str | None,
+    agent: str | None,
+    join_file: str | None,
+    **options: Any,
+) -> None:
+    """Start a cluster that outlives drivers; `init(address="auto")` finds it. Or, with --join, a node more of one."""
+    settings = Settings.from_environment()
+    if join is not None:
+        for name, given in (("--head", head), ("--hosts", hosts), ("--hostfile", hostfile), ("--agent", agent), ("--join-file", join_file)):
+            if given:
+                _fail(f"{name} is for the head of a cluster; a node that joins one has none of it", 2)
+        plan = world.with_invitation(world.make_plan(options, quiet=True, detached=not block), member.read_invitation(join))
+        if block:
+            variables = {**session.scrubbed_environment(), world.PLAN_VARIABLE: json.dumps(plan)}
+            os.execve(world.MEMBER_COMMAND[0], world.MEMBER_COMMAND, variables)
+        note = _start_detached(plan, settings)
+        click.echo(f"hpc-ray: this is node {note['node']} of session {note['session']}. `hpc-ray stop` takes it out again.")
+        return
+    if block:
+        _fail("--block is for nodes that --join a cluster", 2)
+    if hosts or hostfile or join_file:
+        plan = world.make_plan(options, quiet=True, detached=True)
+        plan = _with_hosts(plan, _named_hosts(hosts, hostfile, False), agent, None, join_file)
+        note = _start_detached(plan, settings)
+        name, count = note["session"], len(note["roster"])
+        more = f" More nodes: `hpc-ray start --join {join_file}` on their hosts." if join_file else ""
+    else:
+        if agent:
+            _fail("--agent is for nodes on other hosts: name them with --hosts or --hostfile", 2)
+        attachment = local.start_local(settings=settings, build=__version__, detached=True, **options)
+        name, count, more = attachment.config.session, 1, ""
+        _leave(attachment)
+    of = f" on {count} hosts" if count > 1 else ""
+    click.echo(f'hpc-ray: session {name} runs{of}. Connect with init(address="auto"), end it with `hpc-ray stop`.{more}')
+
+
+def _start_detached(plan: dict[str, Any], settings: Settings) -> dict[str, Any]:
+    """Brings up a head, or a node that joins, which goes on without us; what it says of itself."""
+    started = world.start_member(plan, settings.start_timeout_s)
+    note = started.note
+    started.let_go()
+    return note
 
 
 def _leave(attachment: Any) -> None:

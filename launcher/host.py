@@ -186,25 +186,31 @@ def gpu_model() -> str:
     return ""
 
 
+def is_address(text: str) -> bool:
+    for family in (socket.AF_INET, socket.AF_INET6):
+        try:
+            socket.inet_pton(family, text)
+            return True
+        except OSError:
+            pass
+    return False
+
+
 def interface_address(name: str) -> str:
     """The address of a network interface of this host, IPv4 where it has one; an address is its own.
 
     Raises:
         ConfigurationError: there is no such interface, or it has no address.
     """
-    for family in (socket.AF_INET, socket.AF_INET6):
-        try:
-            socket.inet_pton(family, name)
-            return name
-        except OSError:
-            pass
+    if is_address(name):
+        return name
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as asked:
         try:
             answer = fcntl.ioctl(asked, _SIOCGIFADDR, struct.pack("256s", name.encode()[:15]))
             return socket.inet_ntop(socket.AF_INET, answer[20:24])
         except OSError:
             pass
-    for line in _read("/proc/net/if_inet6").splitlines():
+    for line in read("/proc/net/if_inet6").splitlines():
         number, _, _, scope, _, interface = line.split()
         if interface == name and scope == "00":  # global
             return socket.inet_ntop(socket.AF_INET6, bytes.fromhex(number))

@@ -59,7 +59,7 @@ class Member(link.Rank):
         self.watchdog.set(self.settings.start_timeout_s + 10, "the node was not up in time (HPC_RAY_START_TIMEOUT_S)")
 
     def find_place(self) -> world.Rank:
-        return world.Rank(0 if self.is_head else 1, 1, 0, "hpc-ray")
+        return world.Rank(0 if self.is_head or self.plan["invited"] else 1, 1, 0, "hpc-ray")
 
     def run(self) -> int:
         try:
@@ -76,7 +76,7 @@ class Member(link.Rank):
         return code
 
     def _refuse(self, text: str) -> int:
-        if not self.is_head and not self.told:
+        if self.place.rank and not self.told:
             link.say(text)
         return super()._refuse(text)
 
@@ -110,7 +110,16 @@ class Member(link.Rank):
         if self.plan["join_file"]:
             write_invitation(self.plan["join_file"], self.invitation)
         attachment = self.bring_up(self.nodes if self.plan["virtual"] else 1, 0, self.plan["head_options"])
+        self.keep_words(attachment)
         return Head(self, attachment, started)
+
+    def keep_words(self, attachment: Attachment) -> None:
+        """Where nobody reads what we print, it goes to the node's logs."""
+        if self.plan["detached"]:
+            log = os.open(f"{attachment.config.session_dir}/logs/link.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
+            for standard in (1, 2):
+                os.dup2(log, standard)
+            os.close(log)
 
     def start_here(self, options: dict[str, Any] | None = None, request: int = -1) -> Started:
         """A node more on this host."""
@@ -127,6 +136,7 @@ class Member(link.Rank):
     ) -> Started:
         """Starts something that brings up a node on each of these hosts. Raises LaunchError."""
         plan = {**self.plan, "script": None, "report": "", "control": "", "join_file": "", "join": self.invitation}
+        plan["launches"] = []
         variables = dict(os.environ) if argv[0] == "srun" else world.under_root(session.scrubbed_environment())
         source = subprocess.DEVNULL
         parent = os.getpid()
@@ -164,7 +174,10 @@ class Member(link.Rank):
         invitation = self.plan["join"]
         addresses = [(str(name), int(port)) for name, port in invitation["addresses"]]
         own = self.settings.network_interface
-        address = host.interface_address(own) if own else tcp.source_towards(addresses[0][0])
+        if own and not host.is_address(own):  # an address is the head's
+            address = host.interface_address(own)
+        else:
+            address = tcp.source_towards(addresses[0][0])
         self.listener = tcp.open_listener(address or "127.0.0.1")
         self.secret = bytes.fromhex(invitation["secret"])
         facts = {**self.facts, "session": invitation["session"], "address": self.listener.getsockname()[:2]}
@@ -180,8 +193,9 @@ class Member(link.Rank):
         except (LaunchError, ConfigurationError, OSError) as error:
             bridge = Follower(self, None, connection, welcome["peers"])
             bridge.leave(str(error))
-            self.told = not self.plan["invited"]
+            self.told = True
             raise
+        self.keep_words(attachment)
         return Follower(self, attachment, connection, welcome["peers"])
 
     def make_transport(self, bridge: link.Link, communicator: Any = None) -> tcp.TCPTransport:
@@ -207,6 +221,27 @@ class _Bridge(link.Link):
     def __init__(self, rank: Member, attachment: Attachment | None):
         rank.leaders = [0]
         super().__init__(rank, attachment, rank.make_transport)
+        if rank.plan["invited"]:
+            self.drains = False  # whoever takes our host away does not end the driver, which is elsewhere
+            if not rank.plan["detached"]:
+                signal.signal(signal.SIGINT, self.on_signal)
+
+    def announce(self, note: dict[str, Any]) -> None:
+        """To whoever started us."""
+        if self.rank.control is not None:
+            try:
+                channel.send_note(self.rank.control, {"session": self.rank.session, "node": self.node, **note})
+            except OSError:
+                pass
+
+    def on_control_closed(self) -> None:
+        """Of those that go on without whoever started them, too."""
+        assert self.rank.control is not None
+        if not self.rank.plan["detached"]:
+            super().on_control_closed()
+            return
+        self.rank.control.close()
+        self.rank.control = None
 
     def on_event(self, event: Event) -> None:
         if isinstance(event, Expelled):
@@ -307,11 +342,7 @@ class Head(_Bridge):
         if not self.announced and len(self.up) == self.rank.nodes:
             self.announced = True
             self.show_roster()
-            if self.rank.control is not None:
-                try:
-                    channel.send_note(self.rank.control, {"session": self.rank.session, "roster": list(self.up.values())})
-                except OSError:
-                    pass
+            self.announce({"roster": list(self.up.values())})
 
     def show_roster(self) -> None:
         if self.rank.plan["quiet"]:
@@ -396,14 +427,6 @@ class Head(_Bridge):
         self.unanswered.discard(request)
         super().reply(request, note)
 
-    def on_control_closed(self) -> None:
-        if self.rank.plan["detached"]:
-            assert self.rank.control is not None
-            self.rank.control.close()
-            self.rank.control = None
-        else:
-            super().on_control_closed()
-
     def run(self) -> int:
         code = super().run()
         deadline = time.monotonic() + _END_S
@@ -431,6 +454,7 @@ class Follower(_Bridge):
                 self.gone.add(node)
         if attachment is not None:
             self.say_up(own_words(rank, attachment))
+            self.announce({})
 
     def say_up(self, note: dict[str, Any]) -> None:
         self.tell(0, link.NODE_UP + json.dumps(note).encode())
@@ -528,7 +552,6 @@ def remove_invitation(path: str, name: str) -> None:
 
 
 def main(arguments: list[str]) -> int:
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
     if arguments == ["-"]:
         plan = json.loads(sys.stdin.buffer.readline())
         os.environ.update(plan["variables"])
@@ -537,6 +560,7 @@ def main(arguments: list[str]) -> int:
     control = socket.socket(fileno=int(arguments[0])) if arguments and arguments[0] != "-" else None
     if control is not None:
         control.set_inheritable(False)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     member = Member(plan, control)
     try:
         code = member.run()

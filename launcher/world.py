@@ -10,6 +10,7 @@ world ends in order.
 from __future__ import annotations
 
 import atexit
+import itertools
 import json
 import os
 import re
@@ -139,6 +140,11 @@ def with_members(
     }
 
 
+def with_invitation(plan: dict[str, Any], invitation: dict[str, Any]) -> dict[str, Any]:
+    """The plan of a node that joins a cluster; the plan's amounts are its own, all else is the cluster's."""
+    return {**with_members(plan), "own_options": plan["options"], "join": invitation, "invited": True}
+
+
 LINK_COMMAND = [sys.executable, "-P", "-m", "hpc_ray.launcher.link"]
 MEMBER_COMMAND = [sys.executable, "-P", "-m", "hpc_ray.launcher.member"]
 
@@ -227,7 +233,7 @@ def reach_of(command: list[str], *environments: dict[str, str]) -> dict[str, str
     found: dict[str, str] = {}
     for environment in environments:
         found = {name: environment[name] for name in session.REACH if name in environment} | found
-    for name, value in zip(command, command[1:], strict=False):
+    for name, value in itertools.pairwise(command):
         plain = name.replace("--", "-", 1) if name.startswith("--") else name
         if plain in _REACH_OPTIONS:
             found[_REACH_OPTIONS[plain]] = value
@@ -288,6 +294,7 @@ class World:
         self.control = control
         self.child = child
         self.session = ""
+        self.note: dict[str, Any] = {}  # with which it has come up
         self._requests = 0
         channel.let_go_in_forks(control)
 
@@ -303,7 +310,7 @@ class World:
             note = None
         if note is not None and "session" in note:
             self.control.settimeout(None)
-            self.session = note["session"]
+            self.session, self.note = note["session"], note
             return
         self.close()
         raise LaunchError((note or {}).get("error") or "rank 0 ended before the nodes were up; see its output above")
@@ -333,6 +340,12 @@ class World:
         if note.get("error"):
             raise LaunchError(note["error"])
         return note
+
+    def let_go(self) -> None:
+        """Forgets it: it was started to go on without us."""
+        self.control.close()
+        if self.child is not None:
+            self.child.returncode = 0  # Popen would warn of a child that still runs
 
     def close(self) -> None:
         """Ends it in order and waits."""
@@ -390,7 +403,6 @@ def start_virtual(
     over_tcp = settings.transport == "tcp"
     check_ranks(nodes + (0 if over_tcp else standby))
     mpirun = None if over_tcp else find_mpirun()
-    listener, name = listen()
     plan = make_plan(
         options,
         nodes=nodes,
@@ -401,16 +413,23 @@ def start_virtual(
         journal=journal,
         roles=roles,
         quiet=quiet,
-        control=name,
     )
-    command = MEMBER_COMMAND
-    if mpirun is not None:
-        command = mpirun_command(mpirun, nodes + standby, LINK_COMMAND)
-    else:
-        plan = with_members(plan)
+    if mpirun is None:
+        return start_member(with_members(plan), settings.start_timeout_s)
+    return _start_world(mpirun_command(mpirun, nodes + standby, LINK_COMMAND), plan, settings.start_timeout_s)
+
+
+def start_member(plan: dict[str, Any], timeout_s: float) -> World:
+    """The head of a cluster over TCP with all its nodes, or a node that joins one, by its plan. Raises LaunchError."""
+    return _start_world(MEMBER_COMMAND, plan, timeout_s)
+
+
+def _start_world(command: list[str], plan: dict[str, Any], timeout_s: float) -> World:
+    """Raises LaunchError, with what was printed."""
+    listener, plan["control"] = listen()
     variables = own_host_environment()
     variables[PLAN_VARIABLE] = json.dumps(plan)
-    errors = os.memfd_create("hpc_ray-mpirun")
+    errors = os.memfd_create("hpc_ray-printed")
     child = subprocess.Popen(
         command,
         env=variables,
@@ -419,7 +438,6 @@ def start_virtual(
         stderr=errors,
         start_new_session=True,
     )
-    timeout_s = settings.start_timeout_s
 
     def printed() -> str:
         size = os.fstat(errors).st_size
@@ -430,7 +448,7 @@ def start_virtual(
         control = _accept(listener, child, timeout_s)
         if control is None:
             end_process(child, 1.0)
-            raise LaunchError(f"{command[0]} did not bring up {nodes} nodes{printed()}")
+            raise LaunchError(f"{command[0]} did not bring up the nodes{printed()}")
         world = World(control, child)
         try:
             world.wait_ready(timeout_s)

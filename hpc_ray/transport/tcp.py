@@ -247,8 +247,10 @@ class _Door:
 class _Peer:
     """What we know of one other node."""
 
-    __slots__ = ("addresses", "blocked", "body", "bytes_out", "connection", "deadline", "ended", "farewell", "frame", "lost", "node", "objects",
-                 "out", "partial", "sent_at")  # fmt: skip
+    __slots__ = (
+        "addresses", "blocked", "body", "bytes_out", "connection", "deadline", "ended", "farewell", "frame", "lost", "node", "objects",
+        "out", "partial", "sent_at",
+    )  # fmt: skip
 
     def __init__(self, node: int, deadline: float):
         self.node = node

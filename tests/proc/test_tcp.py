@@ -141,7 +141,8 @@ def test_messages_arrive_whole_and_in_order(make, host):
 def test_objects_go_from_memory_to_memory(make):
     a, b, c = make(3)
     chance = random.Random(2)
-    sizes = [0, 1, 7, tcp.PIECE_BYTES - 1, tcp.PIECE_BYTES, tcp.PIECE_BYTES + 1, 17 << 20, *(chance.randrange(1, 1 << 20) for _ in range(9))]
+    piece = tcp.PIECE_BYTES
+    sizes = [0, 1, 7, piece - 1, piece, piece + 1, 17 * piece, *(chance.randrange(1, piece) for _ in range(9))]
     wanted = []
     for number, size in enumerate(sizes):
         data = chance.randbytes(size)
@@ -311,7 +312,7 @@ def test_a_closed_connection_is_a_lost_peer(make):
     pump([a, c], a.lost)
     a.send(1, 1, 1, b"into the void")
     assert a.lost() == [(1, "its connection was closed")] or "broke" in a.lost()[0][1]
-    assert [event.error for event in a.happened if isinstance(event, TransferEnded)][0].startswith("node 1 is gone")
+    assert next(event.error for event in a.happened if isinstance(event, TransferEnded)).startswith("node 1 is gone")
     assert a.others() == [2] and not a.reaches(1) and a.backlog_bytes == 0
 
 
