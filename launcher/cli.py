@@ -14,10 +14,13 @@ from __future__ import annotations
 import importlib
 import json
 import os
+import select
+import shutil
 import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from typing import Any, NoReturn
 
@@ -34,6 +37,7 @@ from hpc_ray.protocol import UNIT, Answer, ProcessLeaving, Query, decode, encode
 from hpc_ray.version import __version__
 
 _END_S = 10.0
+_LOOK_S = 0.02
 hosts_module = hosts  # an option has its name
 
 
@@ -165,17 +169,17 @@ def run(
         command = ["-P", "-c", "from hpc_ray.as_ray import main; main()", *command]
     inherited = os.environ.get("PYTHONPATH", "").split(os.pathsep)
     python_path = [os.path.dirname(os.path.realpath(script)), *(path for path in inherited if path)]
-    named = bool(hosts or hostfile)
-    if survive_nodes or named or join_file or (Settings.from_environment().transport == "tcp" and (ranks or nodes or 1) > 1):
+    names = _named_hosts(hosts, hostfile, survive_nodes)
+    if agent and names is None:
+        _fail("--agent is for nodes on other hosts: name them with --hosts or --hostfile", 2)
+    if survive_nodes or join_file or (Settings.from_environment().transport == "tcp" and (ranks or nodes or 1) > 1):
         if place is not None and place.size > 1:
             if say:
                 _fail(f"with --survive-nodes nodes are started from here: start this once, without {place.launcher}", 2)
             _fail_silently(place)
         plan = _plan(options, None, 1, quiet, command, python_path)
-        plan = _with_hosts(plan, _named_hosts(hosts, hostfile, survive_nodes), agent, nodes or ranks, join_file)
+        plan = _with_hosts(plan, names, agent, nodes or ranks, join_file)
         sys.exit(_supervise(world.MEMBER_COMMAND, plan))
-    if agent:
-        _fail("--agent is for nodes on other hosts: name them with --hosts or --hostfile", 2)
     if place is not None and place.size > 1:
         if ranks is not None and ranks != place.size:
             if say:
@@ -187,14 +191,20 @@ def run(
             _fail_silently(place)
         plan = _plan(options, nodes, place.size, quiet, command, python_path)
         world.become_link(plan)
-    wanted = ranks or nodes or 1
+    wanted = ranks or (len(names) if names else nodes or 1)
     if nodes is not None and nodes > wanted:
         _fail(f"{nodes} nodes need at least as many ranks, but -n is {wanted}", 2)
-    if wanted == 1:
+    if wanted == 1 and names is None:
         _exec_script(command, options)
-    world.check_ranks(wanted)
-    mpirun = world.mpirun_command(world.find_mpirun(), wanted, world.LINK_COMMAND, list(mpirun_options))
-    sys.exit(_supervise(mpirun, _plan(options, nodes, wanted, quiet, command, python_path)))
+    mpirun, extra = world.find_mpirun(), list(mpirun_options)
+    variables: dict[str, str] = {}
+    if names:
+        where, variables = world.host_options(mpirun, names, wanted, agent)
+        extra = [*where, *extra]
+    else:
+        world.check_ranks(wanted)
+    line = world.mpirun_command(mpirun, wanted, world.LINK_COMMAND, extra)
+    sys.exit(_supervise(line, _plan(options, nodes, wanted, quiet, command, python_path), variables))
 
 
 def _plan(
@@ -226,8 +236,6 @@ def _with_hosts(
     """The plan of a cluster over TCP. This host leads it; where it is not one of those named it runs the driver and nothing else."""
     plan["settings"]["transport"] = "tcp"
     if names is None:
-        if agent:
-            _fail("--agent is for nodes on other hosts: name them with --hosts or --hostfile", 2)
         world.check_ranks(nodes or 1)
         launches: list[dict[str, Any]] | None = None if (nodes or 1) > 1 else []
         return world.with_members({**plan, "nodes": nodes or 1}, launches=launches, join_file=join_file or "")
@@ -253,11 +261,11 @@ def _exec_script(command: list[str], options: dict[str, Any]) -> NoReturn:
     os.execve(sys.executable, [sys.executable, *command], variables)
 
 
-def _supervise(command: list[str], plan: dict[str, Any]) -> int:
-    """Runs mpirun, or the head of a cluster over TCP, to its end; the script's exit code."""
+def _supervise(command: list[str], plan: dict[str, Any], more: dict[str, str] | None = None) -> int:
+    """Runs mpirun, or the head of a cluster over TCP, to its end; the script's exit code. ``more``: of the environment."""
     listener, plan["report"] = world.listen()
     listener.setblocking(False)
-    variables = world.under_root(dict(os.environ))
+    variables = world.under_root({**os.environ, **(more or {})})
     variables[world.PLAN_VARIABLE] = json.dumps(plan)
     parent = os.getpid()
 
@@ -279,49 +287,60 @@ def _supervise(command: list[str], plan: dict[str, Any]) -> int:
     os.close(theirs)
     errors = Relay(ours, 2, plan["tag"])
     report: socket.socket | None = None
-    code: int | None = None
+    note: dict[str, Any] | None = None  # rank 0's
+    ended = False  # rank 0 has
+    deadline = float("inf")
     asked = False
     while True:
-        errors.pass_on(0.02)
+        status = child.poll()
+        errors.pass_on()
         if report is None:
             try:
                 report, _ = listener.accept()
                 report.setblocking(False)
             except BlockingIOError:
                 pass
-        elif code is None:
+        while report is not None and not ended:
             try:
-                note, _ = channel.receive_note(report)
-                code = int(note["exit"]) if note is not None else 137
+                said, _ = channel.receive_note(report)
             except BlockingIOError:
-                pass
+                break
+            if said is None:
+                ended = True
+            else:
+                note = note or said  # the first one counts
+        note = note or errors.note
+        if note is not None:
+            deadline = min(deadline, time.monotonic() + _END_S)
+        if status is not None:
+            break
         if stopped and not asked:
             asked = True
             child.send_signal(signal.SIGTERM)
-        status = child.poll()
-        if status is not None:
-            break
-        if stopped and (code is not None or errors.code is not None):
-            world.end_process(child, 5.0)
+        if note is not None and (stopped or note["lost"] or time.monotonic() > deadline):  # it would wait for what is lost
+            _end_launcher(child, _END_S / 2 if stopped else 1.0)
+        else:
+            errors.pass_on(_LOOK_S, *([report] if report is not None and not ended else []))
     errors.close()
-    if report is not None and code is None:
-        try:
-            note, _ = channel.receive_note(report)
-            code = int(note["exit"]) if note is not None else 137
-        except (OSError, ValueError):
-            code = 137
-    if code is None:
-        code = errors.code
     _wait_for_nodes(plan)
     if stopped:
         return 128 + stopped[0]
-    if code is not None:
-        if code == 137 and status == 0:
-            click.echo("hpc-ray: rank 0 was killed", err=True)
-        return code
-    if status == 0:
-        click.echo("hpc-ray: the ranks have ended without the script's exit code: a host or rank 0 was lost", err=True)
-    return status if status > 0 else 128 - status if status < 0 else 1
+    if note is None:
+        who = "the head" if command == world.MEMBER_COMMAND else "rank 0" if report is not None else "mpirun"
+        click.echo(f"hpc-ray: the session is over before the script is: {who} has ended without a word (exit code {status})", err=True)
+        return 137
+    return int(note["exit"]) or (1 if note["lost"] else 0)
+
+
+def _end_launcher(child: subprocess.Popen[bytes], timeout_s: float) -> None:
+    """With what mpirun leaves when it has to be killed: agents of hosts that do not answer, and its folder."""
+    started = {pid: session.process_start(pid) for pid in session.children(child.pid)}
+    if world.end_process(child, timeout_s) >= 0:
+        return
+    for pid, start in started.items():
+        if start and session.process_start(pid) == start:
+            os.kill(pid, signal.SIGKILL)
+    shutil.rmtree(os.path.join(tempfile.gettempdir(), f"ompi.{child.pid}"), ignore_errors=True)
 
 
 def _wait_for_nodes(plan: dict[str, Any]) -> None:

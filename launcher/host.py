@@ -218,6 +218,17 @@ def interface_address(name: str) -> str:
     raise ConfigurationError(f"network_interface is {name!r}, which this host does not have, or without an address; it has {known}")
 
 
+def first_address() -> str:
+    """Of the first interface that has one, other than the loopback; "" where there is none."""
+    for _, name in socket.if_nameindex():
+        try:
+            if name != "lo":
+                return interface_address(name)
+        except ConfigurationError:
+            pass
+    return ""
+
+
 _SIOCGIFADDR = 0x8915
 
 

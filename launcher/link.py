@@ -10,6 +10,8 @@ LINK-3 (low idle cost): after traffic it looks without a pause for ``SPIN_S``, w
 answer take, and lets everybody else have its core first; then it looks at MPI every ``FIRST_PARK_S``, after ``LIVELY_S`` at growing
 intervals up to ``PARKS_S``, and sleeps on its lane in between. Over TCP (``member``) it sleeps until its doorbell is rung.
 LINK-4 (back-pressure): it does not drain its lane while more than ``BACKLOG_BYTES`` wait for slow peers; it always receives.
+LINK-5 (silent hosts): MPI does not tell of a host that has lost power or network. So the links of node 0 and of other hosts give signs
+of life; when they stay away the session ends, as MPI cannot go on without a host. Over TCP the transport sees to it.
 """
 
 from __future__ import annotations
@@ -67,6 +69,7 @@ STANDBY_PARK_S = 0.01
 WATCH_S = 0.02  # between looks at the driver, the node and the control channel
 BACKLOG_BYTES = 64 << 20
 FINALIZE_S = 5.0
+LOST_S = 0.5  # for MPI to end, when a host is lost and it cannot
 
 # Payloads between links; what follows the first byte is a text or JSON.
 _NODE_GONE = b"\x01"  # → all: my node is gone, and why
@@ -74,6 +77,7 @@ _STOP = b"\x02"  # node 0 → all: the end has begun
 _START_NODE = b"\x03"  # node 0 → a standby: start your node, with these amounts
 NODE_UP = b"\x04"  # standby → node 0: it is up, or why it is not
 _END_NODE = b"\x05"  # node 0 → a link: end your node
+_ALIVE = b"\x06"  # between node 0 and the others of other hosts (LINK-5)
 _TAG_STOP = 7  # rank 0 → MPI workers
 
 
@@ -131,6 +135,7 @@ class Rank:
         self.reach = world.reach()
         self.driver = 0  # pid
         self.driver_status: int | None = None
+        self.lost = ""  # the host without which it cannot go on
         self.early_signal = 0  # that came before there was a link
         if signals.in_job():
             for number in signals.DRAINING:
@@ -459,21 +464,51 @@ class Rank:
         """The script's exit code, to ``hpc-ray run``; the first one counts."""
         if self.report is not None:
             try:
-                channel.send_note(self.report, {"exit": code})
+                channel.send_note(self.report, {"exit": code, "lost": self.lost})
             except OSError:
                 pass
         elif self.place.rank == 0 and self.plan["report"] and not self.reported:  # it is on another host
             self.reported = True
-            os.write(2, last_words(self.plan["tag"], code))
+            os.write(2, last_words(self.plan["tag"], code, bool(self.lost)))
 
     def _finalize(self, code: int) -> None:
         self.send_report(code)
-        self.watchdog.set(FINALIZE_S, code=code)  # an MPI with lost ranks may hang here
+        self.watchdog.set(LOST_S if self.lost else FINALIZE_S, code=code)  # an MPI with lost ranks may hang here
         try:
             self.MPI.Finalize()
         except self.MPI.Exception:
             pass
         self.watchdog.set(None)
+
+
+class SignsOfLife:
+    """Who has been heard of lately (LINK-5). The clock is an argument. Who was held up itself blames nobody for that time."""
+
+    def __init__(self, nodes: list[int], interval_s: float, timeout_s: float):
+        self.interval_s = interval_s
+        self.timeout_s = timeout_s
+        self._last: dict[int, float] = dict.fromkeys(nodes, 0.0)  # 0: not yet; then MPI is still starting there
+        self._due = 0.0
+        self._looked: float | None = None
+
+    def heard(self, node: int, now: float) -> None:
+        self._last[node] = now
+
+    def due(self, now: float) -> list[int]:
+        """Who is to hear of us now."""
+        if now < self._due:
+            return []
+        self._due = now + self.interval_s
+        return list(self._last)
+
+    def silent(self, now: float) -> list[int]:
+        """Who has not been heard of for too long."""
+        away, self._looked = now - (now if self._looked is None else self._looked), now
+        if away > self.interval_s:
+            for node, last in self._last.items():
+                if last:
+                    self._last[node] = last + away
+        return [node for node, last in self._last.items() if last and now - last > self.timeout_s]
 
 
 class Link:
@@ -506,6 +541,7 @@ class Link:
             if self.doorbell is not None:
                 self.doorbell.add(rank.control.fileno())
         self.signalled = 0  # the signal that has come
+        self.life = self.signs_of_life()
         for number in signals.DRAINING if self.drains else (signal.SIGTERM,):
             signal.signal(number, self.on_signal)
         if rank.early_signal:
@@ -582,7 +618,7 @@ class Link:
         if self.node == 0:
             self.rank.release_workers()
         self.rank.watchdog.set(FINALIZE_S + 10, code=self.exit_code())
-        self.transport.close(FINALIZE_S)
+        self.transport.close(LOST_S if self.rank.lost else FINALIZE_S)
         try:
             if self.lane is not None:
                 self.lane.close(0)
@@ -637,6 +673,9 @@ class Link:
         data = bytes(payload)
         if data[:1] == _STOP:
             self.stop(data[1:].decode())
+        elif data[:1] == _ALIVE:
+            if self.life is not None:
+                self.life.heard(node, time.monotonic())
         elif data[:1] == _NODE_GONE:
             self.on_node_gone(node, data[1:].decode())
         elif data[:1] == _START_NODE:
@@ -731,6 +770,32 @@ class Link:
 
     # -- the neighbourhood
 
+    def signs_of_life(self) -> SignsOfLife | None:
+        """Whom we watch (LINK-5): None where all are on one host."""
+        hosts = [self.rank.host_of(node) for node in range(len(self.rank.leaders))]
+        far = [node for node, name in enumerate(hosts) if name != hosts[self.node] and 0 in (node, self.node)]
+        settings = self.rank.settings
+        return SignsOfLife(far, settings.heartbeat_s, settings.heartbeat_timeout_s) if far else None
+
+    def give_signs_of_life(self, life: SignsOfLife, now: float) -> None:
+        for node in life.due(now):
+            if node not in self.gone:
+                self.tell(node, _ALIVE)
+        for node in life.silent(now):
+            if node not in self.gone:
+                self.on_silent_host(node, f"no sign of life for {life.timeout_s:g} s")
+
+    def on_silent_host(self, node: int, text: str) -> None:
+        self.code = 1
+        if self.node == 0:
+            text = f"node {node} on {self.rank.host_of(node)} is lost: {text}"
+            say(f"{text}. Over MPI the session ends with it; with `hpc-ray run --survive-nodes` it would go on")
+        else:
+            text = f"the head node is gone: {text}"
+        self.rank.lost = text
+        self.gone.add(node)
+        self.stop(text, code=1)
+
     def on_signal(self, number: int, frame: Any) -> None:
         self.signalled = number
         self.wake()
@@ -744,6 +809,8 @@ class Link:
             pass  # it is closed: we are awake
 
     def watch(self) -> None:
+        if self.life is not None and not self.stopping:
+            self.give_signs_of_life(self.life, time.monotonic())
         if self.signalled and not self.stopping:
             number, self.signalled = self.signalled, 0
             if self.rank.driver and self.rank.driver_status is None:
@@ -794,7 +861,7 @@ class Link:
         if self.node == 0:
             self.tell_all(_STOP + reason.encode())
         if self.rank.node_process is not None and self.node_alive:
-            self.rank.node_process.control.close()  # it ends now; its connection tells when it has ended
+            self.rank.node_process.end(reason)  # its connection tells when it has ended
 
     def wait_driver(self) -> None:
         """The cluster is gone, but the exit code is the driver's; it may go on without us."""

@@ -96,10 +96,11 @@ class Member(link.Rank):
         own = self.settings.network_interface
         if own:
             address = host.interface_address(own)
-        elif self.plan["virtual"]:
+        elif self.plan["virtual"] and not self.plan["join_file"]:
             address = "127.0.0.1"
         else:
-            address = tcp.address_towards([name for launch in self.plan["launches"] for name in launch["hosts"]])
+            others = [name for launch in self.plan["launches"] for name in launch["hosts"]]
+            address = tcp.address_towards(others) or host.first_address() or "127.0.0.1"
         self.listener = tcp.open_listener(address)
         session.sweep()
         # Others start while our node does; the kernel keeps their calls.
@@ -225,6 +226,9 @@ class _Bridge(link.Link):
             self.drains = False  # whoever takes our host away does not end the driver, which is elsewhere
             if not rank.plan["detached"]:
                 signal.signal(signal.SIGINT, self.on_signal)
+
+    def signs_of_life(self) -> None:
+        """The transport's own."""
 
     def announce(self, note: dict[str, Any]) -> None:
         """To whoever started us."""

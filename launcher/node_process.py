@@ -193,6 +193,14 @@ class NodeProcess:
         text = os.pread(self._errors, 4000, max(0, size - 4000)).decode("utf-8", "replace").strip()
         return f"\nIt printed:\n{text}" if text else ""
 
+    def end(self, reason: str) -> None:
+        """Begins its end in order; its drivers hear the reason."""
+        try:
+            channel.send_note(self.control, {"stop": reason})
+        except OSError:
+            pass
+        self.control.close()
+
     def close(self, timeout_s: float = 10.0) -> int | None:
         """Ends the node in order and waits for it; its exit code."""
         self.control.close()

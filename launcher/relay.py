@@ -9,35 +9,35 @@ from __future__ import annotations
 import os
 import re
 import select
-import time
+import socket
+from typing import Any
 
 _START = b"\x1ehpc-ray:exit:"
 
 
-def last_words(tag: str, code: int) -> bytes:
-    """The line by which rank 0 says the script's exit code; ``tag`` is the world's."""
-    return _START + f"{tag}:{code}\n".encode()
+def last_words(tag: str, code: int, lost: bool) -> bytes:
+    """The line by which rank 0 says the script's exit code, and whether a host was lost; ``tag`` is the world's."""
+    return _START + f"{tag}:{code}:{lost:d}\n".encode()
 
 
 class Relay:
-    """Passes on what comes through a pipe, at once, but for the last words. ``code`` is None until they have come."""
+    """Passes on what comes through a pipe, at once, but for the last words. ``note`` is None until they have come."""
 
     def __init__(self, source: int, target: int, tag: str):
         """``source`` becomes non-blocking and is closed by ``close``."""
-        self.code: int | None = None
+        self.note: dict[str, Any] | None = None  # as rank 0 would send it
         self._source, self._target = source, target
-        self._pattern = re.compile(re.escape(_START + f"{tag}:".encode()) + rb"(\d+)\r?\n")
+        self._pattern = re.compile(re.escape(_START + f"{tag}:".encode()) + rb"(\d+):([01])\r?\n")
         self._held = b""
         self._ended = False
         os.set_blocking(source, False)
 
-    def pass_on(self, wait_s: float = 0.0) -> None:
-        """What has come, and what comes first within ``wait_s``."""
-        if self._ended:
-            time.sleep(wait_s)
-            return
+    def pass_on(self, wait_s: float = 0.0, *others: socket.socket) -> None:
+        """What has come, and what comes first within ``wait_s``, or until there is something to read at the others."""
         if wait_s:
-            select.select([self._source], [], [], wait_s)
+            select.select([*others] if self._ended else [self._source, *others], [], [], wait_s)
+        if self._ended:
+            return
         while True:
             try:
                 data = os.read(self._source, 1 << 16)
@@ -53,7 +53,7 @@ class Relay:
         text = self._held + data
         found = self._pattern.search(text)
         if found:
-            self.code = int(found.group(1))
+            self.note = {"exit": int(found.group(1)), "lost": found.group(2) == b"1"}
             text = text[: found.start()] + text[found.end() :]
         # Held back: a line that may be the last words but is not whole yet, or the beginning of their beginning.
         at = text.rfind(_START)

@@ -199,6 +199,10 @@ def sweep() -> list[str]:
                 os.rmdir(os.path.join(base, session))
         except OSError:
             pass
+    try:
+        os.rmdir(base)
+    except OSError:
+        pass  # others are in there
     if removed:
         remove_abandoned(since)
     return removed

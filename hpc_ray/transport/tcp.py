@@ -132,7 +132,7 @@ def source_towards(host: str) -> str:
 
 
 def address_towards(hosts: list[str]) -> str:
-    """This host's address on the way to the first of these that is elsewhere; without any, on the way out of here.
+    """This host's address on the way to the first of these that is elsewhere; without any, on the way out of here; "" if there is none.
 
     Raises:
         OSError: a host is not known.
@@ -142,7 +142,7 @@ def address_towards(hosts: list[str]) -> str:
             mine = source_towards(str(target[0]))
             if mine and mine != target[0]:
                 return mine
-    return source_towards("10.255.255.255") or source_towards("2001:db8::1") or "127.0.0.1"
+    return source_towards("10.255.255.255") or source_towards("2001:db8::1")
 
 
 def join(addresses: list[Address], secret: bytes, facts: Hello, timeout_s: float) -> tuple[socket.socket, Hello]:

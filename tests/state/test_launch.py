@@ -132,6 +132,19 @@ def test_a_job_means_its_own_sessions():
     assert session.of_our_job(names, {}) == names[:4]
 
 
+def test_hosts_of_mpirun():
+    found = world.host_options(world.MPIRun("m", "openmpi", (5, 0, 11)), ["a", "b"], 3, "/agent")
+    assert " ".join(found[0]) == (
+        "--host a:2,b:2 --prtemca oob_tcp_keepalive_time 5 --prtemca oob_tcp_keepalive_intvl 1 --prtemca oob_tcp_keepalive_probes 3"
+    )
+    assert found[1] == {"PRTE_MCA_plm_ssh_agent": "/agent"}
+    found = world.host_options(world.MPIRun("m", "openmpi", (4, 1)), ["a", "b"], 2, "/agent")
+    assert found == (["--host", "a:1,b:1"], {"OMPI_MCA_plm_rsh_agent": "/agent"})
+    found = world.host_options(world.MPIRun("m", "mpich", (5,)), ["a", "b"], 2, "/agent")
+    assert found == (["-hosts", "a:1,b:1"], {"HYDRA_LAUNCHER": "ssh", "HYDRA_LAUNCHER_EXEC": "/agent"})
+    assert world.host_options(world.MPIRun("m", "mpich", (5,)), ["a"], 1, None)[1] == {}
+
+
 @pytest.fixture
 def relay():
     with open(os.devnull, "wb") as nobody:
@@ -145,13 +158,13 @@ def relay():
 @pytest.mark.parametrize("cut", range(1, 40))
 def test_last_words_are_heard_and_not_shown(relay, cut):
     """However the pipe cuts them, and whatever the script has printed before them without an end of its line."""
-    whole = b"50 %\r100 %" + last_words("ab12", 7) + b"bye\n"
+    whole = b"50 %\r100 %" + last_words("ab12", 7, False) + b"bye\n"
     assert relay.sift(whole[:cut]) + relay.sift(whole[cut:]) == b"50 %\r100 %bye\n"
-    assert relay.code == 7
+    assert relay.note == {"exit": 7, "lost": False}
 
 
 def test_other_lines_are_passed_on_at_once(relay):
     assert relay.sift(b"Epoch 1: 50 %") == b"Epoch 1: 50 %"
     assert relay.sift(b"a \x1e b\n") == b"a \x1e b\n"
-    assert relay.sift(last_words("another", 3)) == last_words("another", 3)  # a world inside of this one
-    assert relay.code is None
+    assert relay.sift(last_words("another", 3, True)) == last_words("another", 3, True)  # a world inside of this one
+    assert relay.note is None

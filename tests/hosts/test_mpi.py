@@ -1,0 +1,78 @@
+"""Worlds of MPI on several hosts: mpirun by hand and from ``hpc-ray run``, and the loss of a host, with which they end."""
+
+from __future__ import annotations
+
+import subprocess
+from pathlib import Path
+
+import pytest
+
+pytest.importorskip("mpi4py", reason="mpi4py is not installed")
+
+from hpc_ray.exceptions import LaunchError
+from hpc_ray.launcher import world
+
+try:
+    MPIRUN = world.find_mpirun()
+except LaunchError:
+    pytest.skip("no mpirun is installed", allow_module_level=True)
+
+PROGRAMS = Path(__file__).with_name("programs")
+WORK = PROGRAMS / "work.py"
+NAMES = ["node1", "node2", "node3"]
+
+
+def over_mpi(hosts, *command: object) -> subprocess.Popen:
+    return hosts.start(1, "hpc-ray", "run", "--hosts", ",".join(NAMES), "--agent", hosts.tool("agent"), *command)
+
+
+def await_ready(process: subprocess.Popen) -> None:
+    for line in process.stdout:
+        if line.startswith("READY"):
+            return
+    raise AssertionError(process.stderr.read())
+
+
+def test_training_by_mpirun(hosts):
+    """As a user of MPI starts it, one rank on each host."""
+    pytest.importorskip("torch", reason="torch is not installed")
+    pytest.importorskip("sklearn", reason="scikit-learn is not installed")
+    example = Path(__file__).parents[2] / "examples" / "train_digits.py"
+    options, variables = world.host_options(MPIRUN, NAMES, 3, hosts.tool("agent"))
+    line = world.mpirun_command(MPIRUN, 3, [], options, passed=())
+    program = ["hpc-ray", "run", "--num-cpus", 1, example, "--workers", 3, "--epochs", 1, "--quiet", "--no-plot"]
+    done = hosts.run(1, *line, *program, **world.under_root(variables))
+    assert done.returncode == 0 and "3 workers on 3 nodes" in done.stdout, done
+    hosts.await_nothing_left()
+
+
+def test_work_on_three_hosts(hosts):
+    process = over_mpi(hosts, WORK)
+    out, err = process.communicate(timeout=90)
+    assert process.returncode == 0 and out.splitlines()[-1] == "right node1 node2 node3 alive node1 node2 node3", (out, err)
+    hosts.await_nothing_left()
+
+
+@pytest.mark.parametrize("fault", ["kill-node", "power-off", "partition"])
+def test_a_host_is_lost(fault, hosts):
+    """The session ends with a message, not with a hang and not as if all were well, and leaves nothing anywhere."""
+    process = over_mpi(hosts, WORK, "watch")
+    await_ready(process)
+    hosts.tool(fault, 3)
+    out, err = process.communicate(timeout=60)
+    assert process.returncode not in (0, None) and "right" not in out, (out, err)
+    assert err.count("hpc-ray: node 2 on node3 is lost") + err.count("the session is over before the script is") == 1, err
+    if fault == "partition":
+        hosts.await_nothing_left()
+        hosts.tool("heal")
+    else:
+        hosts.tool("start-node", 3)
+    hosts.await_nothing_left()
+
+
+def test_two_worlds_do_not_see_each_other(hosts):
+    processes = [over_mpi(hosts, WORK) for _ in range(2)]
+    for process in processes:
+        out, err = process.communicate(timeout=90)
+        assert process.returncode == 0 and out.splitlines()[-1] == "right node1 node2 node3 alive node1 node2 node3", (out, err)
+    hosts.await_nothing_left()
