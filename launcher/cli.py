@@ -14,7 +14,6 @@ from __future__ import annotations
 import importlib
 import json
 import os
-import select
 import shutil
 import signal
 import socket

@@ -35,7 +35,8 @@ class Relay:
     def pass_on(self, wait_s: float = 0.0, *others: socket.socket) -> None:
         """What has come, and what comes first within ``wait_s``, or until there is something to read at the others."""
         if wait_s:
-            select.select([*others] if self._ended else [self._source, *others], [], [], wait_s)
+            sources = [self._source] * (not self._ended) + [other.fileno() for other in others]
+            select.select(sources, [], [], wait_s)
         if self._ended:
             return
         while True:
