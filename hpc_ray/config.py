@@ -83,6 +83,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     log_to_driver: bool = True
     package_bytes: int = 512 << 20  # a folder of a runtime environment, packed
     object_spilling_directory: str = ""  # node-local disk for objects that the store has no room for; "": the session's folder
+    bind_to_gpus: bool = True  # a worker with GPUs runs on the CPUs next to them, where these are enough for what it asked for
     gang_idle_s: float = 30.0  # the ranks of a gang that has ended wait so long for the next one
     gang_grace_s: float = 1.0  # when a rank of a gang has failed, the others have so long to come back
     kill_on_exit_s: float = 2.0  # grace between an orderly end and SIGKILL

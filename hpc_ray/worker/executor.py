@@ -29,8 +29,10 @@ from hpc_ray.client.objects import ARENA, ERROR, Entry
 from hpc_ray.client.records import now_ns
 from hpc_ray.exceptions import TaskCancelledError
 from hpc_ray.ids import TaskID
+from hpc_ray.launcher import nearness
 from hpc_ray.protocol import (
     ALL_ARGUMENTS,
+    UNIT,
     CancelTask,
     ExportFunction,
     InstallActor,
@@ -87,6 +89,8 @@ class Executor:
         self.shape: Any = None
         self.leases: dict[int, UseLease] = {}
         self.visible_gpus = os.environ.get("CUDA_VISIBLE_DEVICES")  # of the node
+        self.bound_for: tuple[list[str], float] | None = None  # GPUs and number of CPUs for which the CPUs were chosen
+        self.node_cpus: set[int] = set()  # before that
         client.handlers.update(
             {
                 ExportFunction: self.on_export_function,
@@ -149,17 +153,36 @@ class Executor:
         context.captured = shape.group_id if shape.capture_children else b""
 
     def use_instances(self, instances: dict[str, list[list[int]]]) -> None:
-        if instances == context.instances:
+        if instances == context.instances and "GPU" not in instances:
             return
         context.instances = instances
         if "GPU" in instances:
             names = self.visible_gpus.split(",") if self.visible_gpus else []
             mine = [names[index] if index < len(names) else str(index) for index, _ in instances["GPU"]]
             os.environ["CUDA_VISIBLE_DEVICES"] = ",".join(mine)
+            if self.client.settings.bind_to_gpus:
+                self.bind(mine, names)
         elif self.visible_gpus is None:
             os.environ.pop("CUDA_VISIBLE_DEVICES", None)
         else:
             os.environ["CUDA_VISIBLE_DEVICES"] = self.visible_gpus
+        if self.bound_for is not None and "GPU" not in instances:
+            self.bind([], [])
+
+    def bind(self, gpus: list[str], visible: list[str]) -> None:
+        """The main thread, and threads that it starts from here on, run on the CPUs next to these GPUs; without any, on all of the node."""
+        needed = self.shape.resources.get("CPU", 0) / UNIT if self.shape is not None else 0
+        wanted = gpus, needed
+        if wanted == self.bound_for:
+            return
+        if self.bound_for is None:
+            self.node_cpus = os.sched_getaffinity(os.getpid())
+        self.bound_for = wanted if gpus else None
+        near = nearness.cpus_near(nearness.host_wide(gpus, visible, os.environ)) if gpus else set()
+        try:
+            os.sched_setaffinity(os.getpid(), nearness.cpus_for(near, self.node_cpus, needed))
+        except OSError:
+            pass  # the job's CPUs have changed meanwhile; where it runs is of speed only
 
     def on_steal_tasks(self, source: int, message: StealTasks) -> None:
         self.give_back(source, message.lease_id)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -19,7 +20,7 @@ pytest.importorskip("mpi4py", reason="mpi4py is not installed")
 
 from hpc_ray.config import Settings
 from hpc_ray.exceptions import ConfigurationError, LaunchError
-from hpc_ray.launcher import local, session, world
+from hpc_ray.launcher import host, local, session, world
 
 try:
     MPIRUN = world.find_mpirun()
@@ -413,6 +414,20 @@ def test_errors_are_said_once(tmp_path):
     assert done.returncode == 1 and "too many for this host" in done.stderr
     done = finished([*HPC_RAY, "run", "--no-such-option", __file__])
     assert done.returncode == 2 and "No such option" in done.stderr
+
+
+@pytest.mark.skipif(shutil.which("taskset") is None, reason="there is no taskset")
+def test_binding_of_ranks_is_undone(script):
+    """A launcher has bound each rank to a core: driver and workers have all that this host lets us use all the same."""
+    core = min(os.sched_getaffinity(0))
+    program = script("""
+import os
+def mine(): return sorted(os.sched_getaffinity(0))
+print("CPUs", mine(), ray.get(ray.remote(mine).remote()), ray.cluster_resources()["CPU"])
+""")
+    done = finished(mpirun(2, "taskset", "--cpu-list", str(core), *HPC_RAY, "run", program), input="\n")
+    cpus = sorted(host.cpuset())
+    assert f"CPUs {cpus} {cpus} {float(len(cpus))}" in done.stdout, done.stdout + done.stderr
 
 
 def test_more_nodes_than_ranks(script):
