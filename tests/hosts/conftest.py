@@ -15,7 +15,7 @@ import pytest
 
 HERE = Path(__file__).parent
 PROGRAMS = HERE / "programs"
-TOOL = HERE / "netns-cluster"
+TOOL = HERE.parent / "testbed" / "netns-cluster"
 HOSTS = 3
 GONE_S = 15.0
 
