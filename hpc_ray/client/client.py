@@ -28,7 +28,7 @@ from hpc_ray.client.actors import ActorSubmitter
 from hpc_ray.client.interrupts import AGAIN_S, Interrupts
 from hpc_ray.client.objects import ARENA, ERROR, FREED, INLINE, READY, Entry, ObjectTable
 from hpc_ray.client.records import Records
-from hpc_ray.client.refs import ObjectRef
+from hpc_ray.client.refs import ObjectRef, new_reference
 from hpc_ray.client.tasks import CallPacker, Function, TaskSubmitter
 from hpc_ray.config import NodeConfig
 from hpc_ray.exceptions import GetTimeoutError, LocalRayletDiedError, ObjectStoreFullError, RayError, RaySystemError, RayTaskError
@@ -536,7 +536,10 @@ class Client:
             objects = self.objects
             with self.lock:
                 while released:
-                    entry: Entry = released.popleft()
+                    try:
+                        entry: Entry = released.popleft()
+                    except IndexError:  # the session is over
+                        return
                     entry.count -= 1
                     if entry.count <= 0:
                         objects.drop_if_unused(entry)
@@ -968,12 +971,13 @@ class Client:
         with self.lock:
             entry = objects.entries.get(object_id) or objects.meet(object_id)
             entry.count += 1
-            reference: ObjectRef = ObjectRef(entry)
             if not entry.owned and not entry.added:
                 if self._loading.loans is not None:
                     self._loading.loans.append(entry)
                 else:
-                    self.objects.register([entry])
+                    objects.register([entry])
+        reference = new_reference(ObjectRef)
+        reference._entry = entry
         return reference
 
     def _leak(self, entry: Entry) -> None:

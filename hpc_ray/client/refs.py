@@ -198,6 +198,9 @@ class ObjectRef(Generic[T]):
         _Hooks.add_done_callback(self._entry, callback)
 
 
+new_reference: Callable[[type[ObjectRef]], ObjectRef] = object.__new__  # for hot paths: ``_entry`` is to be set
+
+
 def _fill(future: concurrent.futures.Future, reference: ObjectRef) -> None:
     assert _Hooks.get is not None
     try:

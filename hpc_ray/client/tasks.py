@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, cast
 from hpc_ray.client import context
 from hpc_ray.client.objects import ARENA, ERROR, FREED, PENDING, READY, Entry
 from hpc_ray.client.records import now_ns
-from hpc_ray.client.refs import ObjectRef
+from hpc_ray.client.refs import ObjectRef, new_reference
 from hpc_ray.client.streams import DYNAMIC, ObjectRefGenerator, Stream
 from hpc_ray.exceptions import (
     RayError,
@@ -300,8 +300,11 @@ class CallPacker:
         """What the caller gets: a reference, a list of them, None, or a generator. Under the lock."""
         count = task.template.num_returns
         if count == 1:
-            task.returns = (self.make_return(task, 0),)
-            return ObjectRef(task.returns[0])
+            entry = self.make_return(task, 0)
+            task.returns = (entry,)
+            reference = new_reference(ObjectRef)
+            reference._entry = entry
+            return reference
         if count >= 0:
             task.returns = [self.make_return(task, i) for i in range(count)]
             return [ObjectRef(entry) for entry in task.returns] or None

@@ -65,6 +65,7 @@ class Segment {
     // ---- for the other parts of the core -------------------------------------------------------------------------
     Header& header() const { return *reinterpret_cast<Header*>(base_); }
     char* base() const { return base_; }
+    u64 bytes() const { return bytes_; }
     LaneEntry& lane(u32 index) const { return lanes_[index]; }
     atomic<u32>& directory(u32 dest, u32 src) const { return directory_[u64(dest) * max_lanes_ + src]; }
     RingControl& ring(u32 ring) const { return rings_[ring]; }
