@@ -325,6 +325,13 @@ class NodeDied(Message, tag=5):
     text: str
 
 
+class Deaths(Message, tag=63):
+    """GCS → raylets: all of these, as if told one by one. Those of processes on the receiver's own node do not count."""
+
+    nodes: list[NodeDied]
+    processes: list[ProcessDied]
+
+
 class Shutdown(Message, tag=6):
     """driver or launcher → GCS → raylets → processes: the session ends; leave in order now. raylet → worker: you are not needed
     any more."""
@@ -623,6 +630,30 @@ class TransferDone(Message, tag=44):
     error: str = ""
 
 
+class RequestCopy(Message, tag=47):
+    """raylet → raylet of another node: may my link fetch this from you? Answer: CopyOffered, when it is its turn; and it says
+    CopyEnded when it is done."""
+
+    transfer_id: int
+    object_id: bytes
+    handle: int  # in the arena of the asked
+
+
+class CopyOffered(Message, tag=48):
+    """raylet → raylet of another node: fetch it now; or, where ``node`` is not the sender, ask there: it has had its copy from us."""
+
+    transfer_id: int
+    node: int
+    handle: int
+
+
+class CopyEnded(Message, tag=49):
+    """raylet → raylet of another node: our link does not fetch this from you any more. No answer."""
+
+    object_id: bytes
+    handle: int  # of the copy that the sender has now; 0: none
+
+
 class ArenaFullNotice(Message, tag=45):
     """process → raylet: I need this many bytes and there is no room; spill. Answer: ArenaRoom."""
 
@@ -786,9 +817,11 @@ class ResourcesSet(Message, tag=97):
 
 
 class ClusterView(Message, tag=73):
-    """GCS → raylets: nodes that changed."""
+    """GCS → raylets: nodes that changed. Where there are many, a raylet passes it on to others."""
 
     nodes: list[NodeInfo]
+    number: int = 0  # grows; an earlier one may come later
+    then: list[int] = []  # nodes that the receiver shall tell
 
 
 class StartActor(Message, tag=74):

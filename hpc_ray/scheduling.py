@@ -9,17 +9,47 @@ it by index, and so on round: so the raylets of a large session do not all spill
 
 from __future__ import annotations
 
+import bisect
 import copy
 import enum
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 from hpc_ray.protocol import UNIT, LogLines, NodeInfo, Resources, Strategy
 
 INFEASIBLE_S = 3.0  # before an owner is told that no node can ever meet its request
 PACK_UNTIL = 0.5  # Ray's hybrid policy: stay local up to this utilisation, then the least used node
+FANOUT = 16  # of what is passed on from node to node
 _MOST_NODES = 1 << 16
 _CRITICAL = ("CPU", "memory", "object_store_memory")  # what utilisation is measured by (Ray's choice, too)
+
+
+class Search:
+    """Where ``choose`` goes on for one demand. As long as ``version`` stays, the nodes only fill up: those that had no room have
+    none, and need not be looked at again for each of a thousand units."""
+
+    __slots__ = ("full", "gains", "start", "version")
+
+    def __init__(self) -> None:
+        self.version = self.gains = -1
+        self.start = 0  # among the nodes in their order from the preferred one: so many are not below PACK_UNTIL any more
+        self.full = False  # no node has room
+
+    def at(self, version: int, gains: int = 0) -> Search:
+        """``gains``: how often the caller's own node, which it looks at itself before, has got room."""
+        if version != self.version:
+            self.start = 0
+        if version != self.version or gains != self.gains:
+            self.full = False
+        self.version, self.gains = version, gains
+        return self
+
+
+def branches(nodes: list[int]) -> Iterator[tuple[int, list[int]]]:
+    """Whom to tell what all shall hear, and whom each of those shall tell in turn."""
+    size = -(-len(nodes) // FANOUT) or 1
+    for start in range(0, len(nodes), size):
+        yield nodes[start], nodes[start + 1 : start + size]
 
 
 class Verdict(enum.Enum):
@@ -37,17 +67,25 @@ class Choice(NamedTuple):
 class NodeView:
     """A node as seen from elsewhere. ``available`` is a private copy: its holder subtracts what it sent there."""
 
-    __slots__ = ("alive", "available", "index", "labels", "node_id", "pending", "reported", "total")
+    __slots__ = ("alive", "available", "index", "labels", "node_id", "number", "pending", "reported", "total")
 
     def __init__(self, info: NodeInfo):
         self.index = info.index
         self.node_id = info.node_id
+        self.alive = info.alive
+        self.available: Resources = {}
+        self.number = 0  # of the ClusterView that said so last
+        self.update(info)
+
+    def update(self, info: NodeInfo) -> bool:
+        """Its latest word; whether it may have room now that it had not."""
+        before = self.available
         self.total = info.total
         self.available = dict(info.available)
         self.reported = info.available  # without what ``take`` has taken since
         self.labels = info.labels
-        self.alive = info.alive
         self.pending = info.pending
+        return any(amount > before.get(name, 0) for name, amount in self.available.items())
 
     def fits(self, demand: Resources) -> bool:
         available = self.available
@@ -154,17 +192,31 @@ def matches(labels: Mapping[str, str], selector: Mapping[str, Any]) -> bool:
 
 
 def choose(
-    nodes: Iterable[NodeView], demand: Resources, strategy: Strategy, *, prefer: int = -1, turn: int = 0
+    nodes: Iterable[NodeView],
+    demand: Resources,
+    strategy: Strategy,
+    *,
+    prefer: int = -1,
+    turn: int = 0,
+    search: Search | None = None,
 ) -> Choice:
     """Where a task or actor should go.
 
     Args:
-        nodes: all that are known, dead ones included.
+        nodes: all that are known, dead ones included; with ``search`` a list of those that live, by index.
         demand: what it needs to be placed.
         prefer: index of the node that wins ties: the caller's own, or the owner's.
         turn: for SPREAD, a counter of the caller.
+        search: of the caller's earlier choices for the same arguments but ``turn``. It makes no difference to the choice.
     """
-    candidates = [node for node in nodes if node.alive]
+    if search is None or not isinstance(nodes, list):
+        candidates = [node for node in nodes if node.alive]
+    else:
+        candidates = nodes
+        if strategy.kind == "SPREAD":
+            return _spread(candidates, demand, turn, search)
+        if strategy.kind == "DEFAULT" and (found := _first_below(candidates, demand, prefer, search)) is not None:
+            return found
     if strategy.kind == "NODE":
         target = next((node for node in candidates if node.node_id == strategy.node_id), None)
         if target is not None and target.feasible(demand):
@@ -179,7 +231,7 @@ def choose(
             if choice.verdict is Verdict.AVAILABLE:
                 return choice
     elif strategy.kind == "SPREAD":
-        return _spread(candidates, demand, turn)
+        return _spread(sorted(candidates, key=_index), demand, turn)
     return _pick(candidates, demand, prefer)
 
 
@@ -204,13 +256,34 @@ def _pick(candidates: list[NodeView], demand: Resources, prefer: int) -> Choice:
     return Choice(Verdict.NOWHERE)
 
 
-def _spread(candidates: list[NodeView], demand: Resources, turn: int) -> Choice:
-    candidates = sorted(candidates, key=lambda node: node.index)
+def _first_below(nodes: list[NodeView], demand: Resources, prefer: int, search: Search) -> Choice | None:
+    """What ``_pick`` would choose if a node is below PACK_UNTIL: the first of those in the order from the preferred one."""
+    count = len(nodes)
+    first = bisect.bisect_left(nodes, prefer, key=_index) if prefer >= 0 else 0
+    while search.start < count:
+        node = nodes[(first + search.start) % count]
+        if node.fits(demand) and node.utilisation() < PACK_UNTIL:
+            return Choice(Verdict.AVAILABLE, node.index)
+        search.start += 1
+    return None
+
+
+def _index(node: NodeView) -> int:
+    return node.index
+
+
+def _spread(nodes: list[NodeView], demand: Resources, turn: int, search: Search | None = None) -> Choice:
+    """Round the nodes, in the order of their indices."""
+    full = search is not None and search.full
     for verdict, good in ((Verdict.AVAILABLE, NodeView.fits), (Verdict.FEASIBLE, NodeView.feasible)):
-        for step in range(len(candidates)):
-            node = candidates[(turn + step) % len(candidates)]
+        if full and verdict is Verdict.AVAILABLE:
+            continue
+        for step in range(len(nodes)):
+            node = nodes[(turn + step) % len(nodes)]
             if good(node, demand):
                 return Choice(verdict, node.index)
+        if search is not None:
+            search.full = True
     return Choice(Verdict.NOWHERE)
 
 

@@ -142,10 +142,14 @@ class Server:
             records = [action for action in actions if type(action) is Journal]
             if records and self._commit is not None:
                 self._commit(records)
+            message, data = None, b""
             for action in actions:
                 kind = type(action)
                 if kind is Send:
-                    self._send(action.destination, encode(action.message))  # type: ignore[attr-defined]
+                    if action.message is not message:  # type: ignore[attr-defined]
+                        message = action.message  # type: ignore[attr-defined]
+                        data = encode(message)
+                    self._send(action.destination, data)  # type: ignore[attr-defined]
                 elif kind is SetTimer:
                     self.timers.set(action.name, action.at)  # type: ignore[attr-defined]
                 elif kind is Exit:

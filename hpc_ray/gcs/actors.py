@@ -38,9 +38,10 @@ from hpc_ray.protocol import (
     StopActor,
     SubscribeActor,
 )
-from hpc_ray.scheduling import INFEASIBLE_S, Verdict, choose, infeasible, readable
+from hpc_ray.scheduling import INFEASIBLE_S, Search, Verdict, choose, infeasible, readable
 
 MAX_DEAD_ACTORS = 100_000  # kept for questions about them
+MAX_SEARCHES = 1000
 RETRY_S = 0.02  # after a raylet sent an actor back
 
 ACTOR_STEPS = Table(
@@ -101,7 +102,9 @@ class Actors(Part):
         self.actors_of: dict[int, set[bytes]] = {}  # owner → those that end with it
         self.subscriptions: dict[int, dict[bytes, None]] = {}  # process → actors
         self.dead_actors: dict[bytes, None] = {}  # oldest first
+        self.actors_on: dict[int, dict[bytes, None]] = {}  # node → those whose record says so
         self._actor_turn = 0
+        self._searches: dict[tuple[bytes, int], Search] = {}  # key of actors, preferred node → where to look on
         self._warned_actors: set[bytes] = set()  # waiting ones whose owner knows that no node can have them
 
     # -- making
@@ -150,8 +153,12 @@ class Actors(Part):
             return True
         strategy = spec.shape.strategy
         self._actor_turn += strategy.kind == "SPREAD"
+        prefer = node_of(spec.owner)
+        search = self._searches.setdefault((actor.key, prefer), Search()).at(self.room_version)
+        if len(self._searches) > MAX_SEARCHES:
+            self._searches.clear()
         verdict, node = choose(
-            self.views.values(), spec.placement, strategy, prefer=node_of(spec.owner), turn=self._actor_turn
+            self.living, spec.placement, strategy, prefer=prefer, turn=self._actor_turn, search=search
         )
         if verdict is Verdict.IMPOSSIBLE:
             text = f"the node {strategy.node_id.hex()} that its scheduling strategy names (soft=False) is not alive"
@@ -163,7 +170,7 @@ class Actors(Part):
             return False
         record = actor.record
         record.attempt += 1
-        record.node = node
+        self._set_node(actor, node)
         del self.waiting_actors[spec.actor_id]
         self._warned_actors.discard(spec.actor_id)
         self.take(node, spec.shape.resources)
@@ -191,7 +198,8 @@ class Actors(Part):
         if event.cause is not None:
             self.bury_actor(actor, event.cause)
             return
-        node, actor.record.node = actor.record.node, -1
+        node = actor.record.node
+        self._set_node(actor, -1)
         self._save(actor, f"rejected by node {node}")
         self.waiting_actors[event.actor_id] = None
         self.set_timer("actors", self.now + RETRY_S)
@@ -311,7 +319,16 @@ class Actors(Part):
         record = actor.record
         if self.actor_at.get(record.address) == actor.spec.actor_id:
             del self.actor_at[record.address]
-        record.node, record.address, record.pid = -1, 0, 0
+        self._set_node(actor, -1)
+        record.address, record.pid = 0, 0
+
+    def _set_node(self, actor: Actor, node: int) -> None:
+        actor_id, before = actor.spec.actor_id, actor.record.node
+        if before >= 0:
+            del self.actors_on[before][actor_id]
+        actor.record.node = node
+        if node >= 0:
+            self.actors_on.setdefault(node, {})[actor_id] = None
 
     def bury_actor(self, actor: Actor, cause: DeathCause) -> None:
         """The end of it (ACTOR-1)."""
@@ -360,9 +377,8 @@ class Actors(Part):
             self._end(self.actors[actor_id], DeathCause("OWNER_DIED", text))
 
     def actors_lose_node(self, node: int, node_id: bytes, text: str) -> None:
-        for actor in list(self.actors.values()):
-            if actor.record.node != node or actor.is_dead:
-                continue
+        for actor_id in list(self.actors_on.get(node, ())):
+            actor = self.actors[actor_id]
             cause = DeathCause("NODE_DIED", f"its node died: {text}", node_id=node_id, pid=actor.record.pid)
             if actor.record.address:
                 self._process_gone(actor, cause)
@@ -507,6 +523,8 @@ class Actors(Part):
             self.actors_of.setdefault(spec.owner, set()).add(spec.actor_id)
         if record.address:
             self.actor_at[record.address] = spec.actor_id
+        if record.node >= 0:
+            self.actors_on.setdefault(record.node, {})[spec.actor_id] = None
         if record.node < 0:
             self.waiting_actors[spec.actor_id] = None
 

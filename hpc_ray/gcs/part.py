@@ -19,6 +19,8 @@ class Part(Machine):
 
     epoch_offset = 0.0  # time of day minus the clock of events
     views: dict[int, NodeView]
+    living: list[NodeView]
+    room_version: int
     view_changed: bool  # room may have appeared: try again what waits
     stopping: bool
     asker: tuple[int, int]  # address and request id of the Query being answered

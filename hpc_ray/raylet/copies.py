@@ -3,21 +3,27 @@
 COPY-1 (one transfer): at most one transfer of an object is under way on a node; all who ask meanwhile get its outcome.
 COPY-2 (answered): each PullObject is answered by ObjectLocal or PullFailed, also when the source dies.
 COPY-3 (no half copies): a copy is sealed when its transfer is done, or aborted; never left as it is.
+COPY-4 (a tree): a node gives a large object to at most ``LINES`` others at once. The others wait, and when one has its copy, half of
+them are sent on to it; so the number of those who give doubles, and N nodes have the object after about log N times.
 """
 
 from __future__ import annotations
 
 import enum
+from collections import deque
 
-from hpc_ray.ids import LINK_LANE, address_of, node_of, owner_of
+from hpc_ray.ids import LINK_LANE, address_of, node_of, owner_of, raylet_address
 from hpc_ray.machine import Table, handles
 from hpc_ray.protocol import (
     AddPlace,
+    CopyEnded,
+    CopyOffered,
     DeleteCopies,
     ObjectLocal,
     OrphanedObject,
     PullFailed,
     PullObject,
+    RequestCopy,
     TransferDone,
     TransferObject,
 )
@@ -33,22 +39,26 @@ from hpc_ray.raylet.events import (
 )
 from hpc_ray.raylet.part import Part
 
+ALONE_BYTES = 1 << 20  # objects up to this size are fetched without asking
+LINES = 2  # at one alone, a slow receiver would hold up all others
 ROOM_TRIES = 3  # others may take the room that was made; then its bytes go to a file
 
 
 class PullState(enum.Enum):
     LOOKING = 0  # is it here already?
     ALLOCATING = 1  # wants room; may wait for it
-    MOVING = 2  # the link has it; ``handle`` is the block it writes to
-    ENDED = 3
+    ASKING = 2  # waits for its turn at ``source``; ``handle`` is the block that it will be in
+    MOVING = 3  # the link has it, and writes to that block
+    ENDED = 4
 
 
 PULL_STEPS = Table(
     "pull",
     {
         PullState.LOOKING: {PullState.ALLOCATING, PullState.ENDED},
-        PullState.ALLOCATING: {PullState.MOVING, PullState.ENDED},
-        PullState.MOVING: {PullState.MOVING, PullState.ENDED},
+        PullState.ALLOCATING: {PullState.ASKING, PullState.MOVING, PullState.ENDED},
+        PullState.ASKING: {PullState.ASKING, PullState.MOVING, PullState.ENDED},
+        PullState.MOVING: {PullState.ASKING, PullState.MOVING, PullState.ENDED},
         PullState.ENDED: (),
     },
 )
@@ -64,9 +74,19 @@ class Pull:
         self.state = PullState.LOOKING
         self.askers: dict[int, None] = {}
         self.places: dict[int, int] = {}  # node → handle, not tried yet
-        self.source = -1  # while MOVING
-        self.handle = 0  # while MOVING
+        self.source = -1  # while ASKING or MOVING
+        self.source_handle = 0  # and the object's there
+        self.handle = 0  # while ASKING or MOVING
         self.tries = 0  # for room in the arena
+
+
+class Giving:
+    """A large object on its way from here to others (COPY-4)."""
+
+    def __init__(self, handle: int):
+        self.handle = handle
+        self.fetching: set[int] = set()  # nodes
+        self.waiting: deque[tuple[int, int]] = deque()  # node, its transfer
 
 
 class Copies(Part):
@@ -77,6 +97,7 @@ class Copies(Part):
         self.transfers: dict[int, Pull] = {}
         self.copies: dict[bytes, int] = {}  # object → handle of what was brought here
         self.copy_of: dict[int, bytes] = {}  # and back
+        self.givings: dict[bytes, Giving] = {}
         self._next_transfer = 1
 
     # -- pulls
@@ -102,7 +123,7 @@ class Copies(Part):
 
     def _add_places(self, pull: Pull, places: list[list[int]]) -> None:
         for node, handle in places:
-            if node == pull.source and pull.state is PullState.MOVING:
+            if node == pull.source and pull.state in (PullState.ASKING, PullState.MOVING):
                 continue
             pull.places[node] = handle
 
@@ -153,17 +174,80 @@ class Copies(Part):
             self._allocate(pull, on_disk=on_disk)
 
     def _move(self, pull: Pull) -> None:
-        """Ask the link for it, from the next place that lives."""
+        """Fetch it from the next place that lives; a large one when that place says so."""
         place = self._next_place(pull, "no copy of it is left anywhere")
         if place is None:
             return
+        pull.source, pull.source_handle = place
+        if pull.state is not PullState.ALLOCATING:  # a late word about the place before is not about this one (PROTO-2)
+            del self.transfers[pull.transfer_id]
+            pull.transfer_id, self._next_transfer = self._next_transfer, self._next_transfer + 1
+            self.transfers[pull.transfer_id] = pull
+        if pull.size > ALONE_BYTES:
+            self._step_pull(pull, PullState.ASKING)
+            request = RequestCopy(pull.transfer_id, pull.object_id, pull.source_handle)
+            self.send(raylet_address(pull.source), request)
+        else:
+            self._fetch(pull)
+
+    def _fetch(self, pull: Pull) -> None:
         self._step_pull(pull, PullState.MOVING)
-        pull.source, handle = place
-        link = address_of(self.node, LINK_LANE)
-        self.send(
-            link,
-            TransferObject(pull.transfer_id, pull.object_id, pull.source, handle, pull.handle, pull.size),
+        message = TransferObject(
+            pull.transfer_id, pull.object_id, pull.source, pull.source_handle, pull.handle, pull.size
         )
+        self.send(address_of(self.node, LINK_LANE), message)
+
+    @handles(CopyOffered)
+    def on_copy_offered(self, event: CopyOffered, source: int) -> None:
+        pull = self.transfers.get(event.transfer_id)
+        if pull is None or pull.state is not PullState.ASKING or pull.source != node_of(source):
+            return  # we have turned to another place, and said so
+        if event.node == pull.source:
+            self._fetch(pull)
+        else:  # if that one has lost it meanwhile, there is still the one that sent us there
+            pull.places = {event.node: event.handle, **pull.places, pull.source: pull.source_handle}
+            self._move(pull)
+
+    def _let_go(self, pull: Pull, handle: int) -> None:
+        """It is not fetched from its source any more."""
+        view = self.views.get(pull.source)
+        asked = pull.size > ALONE_BYTES and pull.state in (PullState.ASKING, PullState.MOVING)
+        if asked and (view is None or view.alive):
+            self.send(raylet_address(pull.source), CopyEnded(pull.object_id, handle))
+
+    # -- giving (COPY-4)
+
+    @handles(RequestCopy)
+    def on_request_copy(self, event: RequestCopy, source: int) -> None:
+        giving = self.givings.get(event.object_id)
+        if giving is None:
+            giving = self.givings[event.object_id] = Giving(event.handle)
+        giving.waiting.append((node_of(source), event.transfer_id))
+        self._give(event.object_id, giving)
+
+    @handles(CopyEnded)
+    def on_copy_ended(self, event: CopyEnded, source: int) -> None:
+        giving, node = self.givings.get(event.object_id), node_of(source)
+        if giving is None:
+            return
+        if event.handle:
+            for _ in range(len(giving.waiting) // 2):
+                asker, transfer_id = giving.waiting.pop()
+                self.send(raylet_address(asker), CopyOffered(transfer_id, node, event.handle))
+        self._stop_giving(event.object_id, giving, node)
+
+    def _stop_giving(self, object_id: bytes, giving: Giving, node: int) -> None:
+        giving.fetching.discard(node)
+        giving.waiting = deque(entry for entry in giving.waiting if entry[0] != node)
+        self._give(object_id, giving)
+
+    def _give(self, object_id: bytes, giving: Giving) -> None:
+        while giving.waiting and len(giving.fetching) < LINES:
+            node, transfer_id = giving.waiting.popleft()
+            giving.fetching.add(node)
+            self.send(raylet_address(node), CopyOffered(transfer_id, self.node, giving.handle))
+        if not giving.fetching:
+            del self.givings[object_id]
 
     def _next_place(self, pull: Pull, text: str, *, peek: bool = False) -> tuple[int, int] | None:
         for node in list(pull.places):
@@ -183,12 +267,15 @@ class Copies(Part):
             return
         if not event.error:
             self.act(SealCopy(pull.handle))
+            self._let_go(pull, pull.handle)
             handle, pull.handle = pull.handle, 0
             self.copies[pull.object_id] = handle
             self.copy_of[handle] = pull.object_id
             self.send(owner_of(pull.object_id), AddPlace(pull.object_id, self.node, handle))
             self._succeed(pull, handle)
-        elif pull.places:
+            return
+        self._let_go(pull, 0)
+        if pull.places:
             self._move(pull)
         else:
             self._fail(pull, pull.source, event.error)
@@ -211,7 +298,7 @@ class Copies(Part):
         del self.transfers[pull.transfer_id]
 
     def _step_pull(self, pull: Pull, end: PullState) -> None:
-        identity = f"pull {pull.transfer_id}"
+        identity = f"pull {pull.object_id.hex()}"
         PULL_STEPS.check(identity, pull.state, end, "", self.history)
         pull.state = end
         self.history.add(identity, self.now, end.name)
@@ -250,8 +337,10 @@ class Copies(Part):
         """A node died: transfers from it try the next place (COPY-2)."""
         for pull in list(self.pulls.values()):
             pull.places.pop(node, None)
-            if pull.state is PullState.MOVING and pull.source == node:
+            if pull.state in (PullState.ASKING, PullState.MOVING) and pull.source == node:
                 self._move(pull)
+        for object_id, giving in list(self.givings.items()):
+            self._stop_giving(object_id, giving, node)
 
     @handles(Reclaimed)
     def on_reclaimed(self, event: Reclaimed, source: int) -> None:

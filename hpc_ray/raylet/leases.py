@@ -47,7 +47,18 @@ from hpc_ray.protocol import (
 from hpc_ray.raylet.part import Part
 from hpc_ray.raylet.resources import Grant
 from hpc_ray.raylet.workers import Worker, WorkerState
-from hpc_ray.scheduling import INFEASIBLE_S, PACK_UNTIL, Choice, Verdict, choose, infeasible, matches, readable, utilisation
+from hpc_ray.scheduling import (
+    INFEASIBLE_S,
+    PACK_UNTIL,
+    Choice,
+    Search,
+    Verdict,
+    choose,
+    infeasible,
+    matches,
+    readable,
+    utilisation,
+)
 
 UNKNOWN_NODE_S = 0.5  # how long a node that nobody has heard of may still turn up
 TAKE_S = 0.3  # for so long a node counts as using what was just sent to it
@@ -83,6 +94,7 @@ class Queue:
         self.for_actor = for_actor
         self.owners: dict[int, dict[int, Request]] = {}
         self.blocked = False  # waits for resources that others have, as of the last pass
+        self.search = Search()
         self.stuck_view = -1  # version of the view in which no other node had room either
 
     def add(self, request: Request) -> None:
@@ -145,6 +157,7 @@ class Leases(Part):
         self._next_lease = 1
         self._next_actor_request = -1
         self._turn = self.node
+        self._taken: set[int] = set()  # nodes of whose room something was taken
 
     # -- requests
 
@@ -276,7 +289,8 @@ class Leases(Part):
             if queue.stuck_view == self.view_version and self.pool.feasible(queue.placement):
                 return self.node  # nobody else has room: be granted here, or wait
         self._turn += strategy.kind == "SPREAD"
-        choice = choose(self.views.values(), queue.placement, strategy, prefer=self.node, turn=self._turn)
+        search = queue.search.at(self.view_version, self.pool.gains)
+        choice = choose(self.living, queue.placement, strategy, prefer=self.node, turn=self._turn, search=search)
         return self._follow(queue, request, choice)
 
     def _follow(self, queue: Queue, request: Request, choice: Choice) -> int:
@@ -284,6 +298,7 @@ class Leases(Part):
         if verdict is Verdict.AVAILABLE:
             if node != self.node:
                 self.views[node].take(queue.demand)
+                self._taken.add(node)
                 self.set_timer("takes", self.now + TAKE_S)
             return node
         if verdict is Verdict.FEASIBLE:
@@ -321,9 +336,9 @@ class Leases(Part):
 
     def timer_takes(self) -> None:
         """A node that was sent a task and is as free as before does not say so: believe its last report again."""
-        for view in self.views.values():
-            if view.index != self.node:
-                view.forget_takes()
+        for node in self._taken:
+            self.views[node].forget_takes()
+        self._taken.clear()
         self.view_version += 1
         self.dirty = True
 

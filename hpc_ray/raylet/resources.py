@@ -55,6 +55,7 @@ class ResourcePool:
     def __init__(self, total: Resources):
         self.total: Resources = {}
         self.available: Resources = {}
+        self.gains = 0  # how often something may have become free
         self._capacity: dict[str, dict[int, int]] = {}
         self._free: dict[str, dict[int, int]] = {}
         self.add(total)
@@ -63,6 +64,7 @@ class ResourcePool:
 
     def add(self, names: Resources, instances: Instances | None = None) -> None:
         """More of these. ``instances`` says which accelerators; without it, they are 0, 1, … each of one UNIT."""
+        self.gains += 1
         for name, amount in names.items():
             self.total[name] = self.total.get(name, 0) + amount
             self.available[name] = self.available.get(name, 0) + amount
@@ -104,6 +106,7 @@ class ResourcePool:
             else:  # part of it is granted
                 self.total[name] = wanted
                 self.available[name] += wanted - now
+                self.gains += 1
 
     # -- questions
 
@@ -144,6 +147,7 @@ class ResourcePool:
 
     def give_back(self, grant: Grant) -> None:
         """End a grant; the object is void afterwards."""
+        self.gains += 1
         for name, amount in grant.amounts.items():
             self.available[name] += amount - grant.parked.get(name, 0)
         for name, parts in grant.instances.items():
@@ -155,6 +159,7 @@ class ResourcePool:
         """Lend out the CPUs of a holder that waits; False if there was nothing to lend."""
         if grant.parked:
             return False
+        self.gains += 1
         grant.parked = {name: n for name, n in grant.amounts.items() if base_name(name) == "CPU"}
         for name, amount in grant.parked.items():
             self.available[name] += amount

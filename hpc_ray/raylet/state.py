@@ -23,6 +23,7 @@ from hpc_ray.protocol import (
     UNIT,
     Answer,
     ClusterView,
+    Deaths,
     NodeDied,
     NodeInfo,
     NodeRegistered,
@@ -42,10 +43,10 @@ from hpc_ray.raylet.events import AnswerFromLogs, DeleteOwned, LimitStore
 from hpc_ray.raylet.resources import ResourcePool
 from hpc_ray.raylet.room import Room
 from hpc_ray.raylet.workers import Workers, WorkerState
-from hpc_ray.scheduling import NodeView
+from hpc_ray.scheduling import NodeView, branches
 
 SOON = 0.05  # of a report interval
-REPORT_NODES = 64  # from this many nodes on reports become rarer, so that the GCS gets a bounded number of them
+REPORT_NODES = 512  # from this many nodes on reports become rarer, so that the GCS gets a bounded number of them
 LOG_QUESTIONS = ("list_logs", "read_log")  # the server answers them (``raylet.logs``)
 WHOLE_NODE = 0xFFFF << 32  # lane that stands for all lanes of a node in DeleteOwned
 
@@ -76,6 +77,7 @@ class RayletState(Workers, Bundles, Copies, Room):
         self.registered = False
         self.view_version = 0
         self.views = {self.node: self._own_view()}
+        self._living: list[NodeView] | None = None  # as of the last look
         self.welcome = Welcome(
             self.node_id,
             self.node,
@@ -144,7 +146,7 @@ class RayletState(Workers, Bundles, Copies, Room):
         self.pool.change_total({**kept, **event.resources})
         self.labels = {**self.config.labels, **event.labels}
         self.views[self.node] = self._own_view()
-        self.view_version += 1
+        self.living_changed()
         self.dirty = True
         self._report_at = 0.0
         self.report()
@@ -163,12 +165,41 @@ class RayletState(Workers, Bundles, Copies, Room):
     def on_cluster_view(self, event: ClusterView, source: int) -> None:
         self.view_version += 1
         for info in event.nodes:
+            view = self.views.get(info.index)
             if info.index == self.node:
                 continue
-            if info.index not in self.views:
+            if view is None:
                 self.follow_on(info.index)
-            self.views[info.index] = NodeView(info)
+                self.views[info.index] = view = NodeView(info)
+                self.living_changed()
+            elif view.alive and event.number >= view.number:
+                view.alive = info.alive
+                view.update(info)
+                if not info.alive:
+                    self.living_changed()
+            view.number = max(view.number, event.number)
         self.dirty = True
+        for head, rest in branches(event.then):
+            self.send(raylet_address(head), ClusterView(event.nodes, event.number, rest))
+
+    @handles(Deaths)
+    def on_deaths(self, event: Deaths, source: int) -> None:
+        for node in event.nodes:
+            self.on_node_died(node, source)
+        for process in event.processes:
+            if node_of(process.address) != self.node:
+                self.on_process_died(process, source)
+
+    @property
+    def living(self) -> list[NodeView]:
+        """Views of nodes that live, by index."""
+        if self._living is None:
+            self._living = sorted((view for view in self.views.values() if view.alive), key=lambda view: view.index)
+        return self._living
+
+    def living_changed(self) -> None:
+        self._living = None
+        self.view_version += 1
 
     @handles(NodeDied)
     def on_node_died(self, event: NodeDied, source: int) -> None:
@@ -178,7 +209,7 @@ class RayletState(Workers, Bundles, Copies, Room):
         view = self.views.get(event.node)
         if view is not None:
             view.alive = False
-        self.view_version += 1
+        self.living_changed()
         self.dirty = True
         self.tell_local(event)
         self.unfollow(lambda driver: node_of(driver) == event.node)
@@ -425,6 +456,7 @@ class RayletState(Workers, Bundles, Copies, Room):
             "bundles": {key: (b.state.name, b.attempt) for key, b in self.bundles.items()},
             "pulls": {key: (p.state.name, list(p.askers), p.places, p.handle) for key, p in self.pulls.items()},
             "copies": dict(self.copies),
+            "givings": {key: (g.handle, sorted(g.fetching), list(g.waiting)) for key, g in self.givings.items()},
             "room": (dict(self.wanting), dict(self.served), self.spilled_bytes),
             "total": dict(self.pool.total),
             "available": dict(self.pool.available),

@@ -1,6 +1,7 @@
 """Whole clusters in one thread: programs run to their end, whatever dies on the way."""
 
 import random
+from collections import Counter
 
 import pytest
 
@@ -180,6 +181,55 @@ def test_copies_come_once_and_from_the_second_place_when_the_first_dies():
     simulator.run(until=4)
     assert isinstance(drivers[0].pulled[other], PullFailed)
     finish(simulator)
+
+
+def broadcast(simulator, size, dying=()):
+    """An object of node 0 goes to all the others at once; the transfers that each node gave, and the time until the last had it."""
+    drivers = [simulator.add_driver(node) for node in simulator.raylets]
+    simulator.run(until=0.2)
+    object_id = IdMinter(drivers[0].address, b"\0\0\0\1").put_id()
+    handle = simulator.raylets[0].arena.create(object_id, size, True)
+    for driver in drivers[1:]:
+        driver.pull(object_id, size, [[0, handle]])
+    for node, at in dying:
+        simulator.run(until=at)
+        simulator.kill_node(node)
+    simulator.run(until=60)
+    living = [driver for driver in drivers[1:] if driver.alive]
+    assert all(isinstance(driver.pulled[object_id], ObjectLocal) for driver in living)
+    assert not any(raylet.raylet.givings for raylet in simulator.raylets.values() if raylet.alive)
+    return object_id, living
+
+
+def test_a_large_object_goes_to_all_nodes_along_a_tree():
+    """COPY-4: the head gives it to few, and rounds grow with the logarithm."""
+    simulator = Simulator([CPUS] * 33, seed=15, arena_bytes=1 << 40)
+    given, moves = Counter(), []
+    link = simulator.raylets[1].link.__class__
+    receive = link.receive
+
+    def count(self, source, message):
+        given[message.source_node] += 1
+        moves.append(self.simulator.now)
+        receive(self, source, message)
+
+    link.receive = count
+    try:
+        broadcast(simulator, 5_000_000_000)  # a second for each transfer, whatever else moves
+    finally:
+        link.receive = receive
+    assert sum(given.values()) == 32 and max(given.values()) <= 12 and len(given) >= 8
+    assert max(moves) - min(moves) < 6.5
+    finish(simulator)
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_a_broadcast_outlives_nodes_that_have_it(seed):
+    dice = random.Random(seed)
+    simulator = Simulator([CPUS] * 20, seed=seed, arena_bytes=1 << 40)
+    dying = sorted(((node, 0.2 + 6 * dice.random()) for node in dice.sample(range(1, 20), 5)), key=lambda pair: pair[1])
+    broadcast(simulator, 5_000_000_000, dying)
+    simulator.check()
 
 
 def test_copies_come_to_a_full_arena_and_to_one_that_is_too_small():

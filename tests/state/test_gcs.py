@@ -10,6 +10,7 @@ from hpc_ray.gcs.state import GcsState
 from hpc_ray.ids import LINK_LANE, address_of, raylet_address
 from hpc_ray.machine import Journal, Send, SetTimer, TimerFired
 from hpc_ray.protocol import UNIT, ActorState
+from hpc_ray.scheduling import FANOUT
 
 ME, OTHER = address_of(0, 20, 1), address_of(1, 20, 1)
 ID = bytes(range(16))
@@ -119,9 +120,42 @@ def test_a_node_joins():
     gcs = Gcs([4])
     gcs.join(1)
     assert gcs.take(p.NodeRegistered, raylet_address(1)) == [p.NodeRegistered()]
-    assert [n.index for n in gcs.take(p.ClusterView, raylet_address(1))[0].nodes] == [0]
     gcs.pass_time(0.01)
-    assert [n.index for n in gcs.take(p.ClusterView, raylet_address(0))[0].nodes] == [0, 1]
+    assert [n.index for n in gcs.take(p.ClusterView, raylet_address(1))[0].nodes] == [0, 1]
+    gcs.join(2)
+    gcs.pass_time(0.01)
+    assert [n.index for n in gcs.take(p.ClusterView, raylet_address(0))[-1].nodes] == [2]
+
+
+def test_many_nodes_pass_the_view_on():
+    """NODE-4"""
+    gcs = Gcs([4] * 100)
+    gcs.pass_time(1)
+    gcs.sent.clear()
+    gcs.report(0, 1, 1)
+    gcs.pass_time(1)
+    views = gcs.take(p.ClusterView)
+    assert len(views) == FANOUT and sum(1 + len(view.then) for view in views) == 100
+    gcs.sent.clear()
+    gcs.tell(p.NodeDied(7, b"", "lost"), address_of(0, LINK_LANE, 1))
+    assert len(gcs.take(p.NodeDied)) == 99
+    gcs.pass_time(1)
+    assert {len(view.nodes) for view in gcs.take(p.ClusterView)} == {100}  # somebody may have heard nothing from it
+
+
+def test_deaths_that_follow_closely_are_told_together():
+    """NODE-1"""
+    gcs = Gcs([4] * 100)
+    gcs.pass_time(1)
+    gcs.sent.clear()
+    for node in (7, 8, 9):
+        gcs.tell(p.NodeDied(node, b"", "lost"), address_of(0, LINK_LANE, 1))
+    dead = p.ProcessDied(address_of(3, 20, 1), b"", 5, p.ProcessKind.WORKER, p.DeathCause("CRASHED", "boom"))
+    gcs.tell(dead, raylet_address(3))
+    assert [m.node for m in gcs.take(p.NodeDied, raylet_address(1))] == [7]
+    gcs.pass_time(0.01)
+    [deaths] = gcs.take(p.Deaths, raylet_address(1))
+    assert [m.node for m in deaths.nodes] == [8, 9] and deaths.processes == [dead]
 
 
 def test_a_node_that_cannot_join():

@@ -614,10 +614,29 @@ def test_failed_transfer_tries_the_next_place_then_says_so():
     node.tell(p.PullObject(object_id, 10, [[1, 7], [2, 8]]), ME)
     node.tell(e.CopyAllocated(1, 55), 0)
     node.tell(p.TransferDone(1, "gone"), 1)
-    node.tell(p.TransferDone(1, "gone too"), 1)
+    node.tell(p.TransferDone(1, "gone once more"), 1)  # late: nobody's
+    node.tell(p.TransferDone(2, "gone too"), 1)
     assert [t.source_node for t in node.take(p.TransferObject)] == [1, 2]
     assert node.take(p.PullFailed) == [p.PullFailed(object_id, 2, "gone too")]
     assert isinstance(node.actions[-2], e.AbortCopy) or isinstance(node.actions[-1], e.AbortCopy)
+
+
+def test_a_large_object_is_given_to_few_at_once_and_others_are_sent_on():
+    """COPY-4"""
+    node = Node()
+    for other in range(1, 9):
+        node.see(other, 4)
+        node.tell(p.RequestCopy(100 + other, b"o" * 28, 7), raylet_address(other))
+    assert node.take(p.CopyOffered) == [p.CopyOffered(100 + other, 0, 7) for other in (1, 2)]
+    node.tell(p.CopyEnded(b"o" * 28, 99), raylet_address(1))
+    sent_on = [m for m in node.take(p.CopyOffered) if m.node == 1]
+    assert {(m.transfer_id, m.handle) for m in sent_on} == {(106, 99), (107, 99), (108, 99)}
+    node.tell(p.NodeDied(2, b"", "lost"), GCS_ADDRESS)
+    node.tell(p.CopyEnded(b"o" * 28, 0), raylet_address(3))
+    assert node.take(p.CopyOffered) == [p.CopyOffered(104, 0, 7), p.CopyOffered(105, 0, 7)]
+    for other in (4, 5):
+        node.tell(p.CopyEnded(b"o" * 28, 0), raylet_address(other))
+    assert not node.state.givings
 
 
 def test_own_copy_is_found_at_once():

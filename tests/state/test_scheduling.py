@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hpc_ray.protocol import UNIT, NodeInfo, Strategy
-from hpc_ray.scheduling import NodeView, Verdict, choose, matches, place_bundles
+from hpc_ray.scheduling import FANOUT, NodeView, Search, Verdict, branches, choose, matches, place_bundles
 
 ONE = {"CPU": UNIT}
 
@@ -20,6 +20,36 @@ def test_packs_at_home_until_half_then_the_least_used():
     assert choose([view(0, 3), view(1, 4)], ONE, Strategy(), prefer=0) == (Verdict.AVAILABLE, 0)
     assert choose([view(0, 2), view(1, 4)], ONE, Strategy(), prefer=0) == (Verdict.AVAILABLE, 1)
     assert choose([view(0, 2), view(1, 1)], ONE, Strategy(), prefer=0) == (Verdict.AVAILABLE, 0)
+
+
+@given(
+    st.lists(st.tuples(st.integers(0, 4), st.booleans()), min_size=1, max_size=8),
+    st.sampled_from(["DEFAULT", "SPREAD"]),
+    st.integers(-1, 9),
+    st.integers(1, 3),
+    st.integers(1, 25),
+)
+def test_a_search_makes_no_difference(nodes, kind, prefer, amount, units):
+    """What a search leaves out could not have been chosen."""
+    living = [view(index, free) for index, (free, alive) in enumerate(nodes) if alive]
+    demand, search = {"CPU": amount * UNIT}, Search().at(1)
+    for turn in range(units):
+        wanted = choose(living, demand, Strategy(kind), prefer=prefer, turn=turn)
+        assert choose(living, demand, Strategy(kind), prefer=prefer, turn=turn, search=search) == wanted
+        if wanted.verdict is Verdict.AVAILABLE:
+            next(node for node in living if node.index == wanted.node).take(demand)
+
+
+@given(st.lists(st.integers(), unique=True, max_size=700))
+def test_branches_reach_each_node_once(nodes):
+    def told(some):
+        found = []
+        for head, rest in branches(some):
+            found += [head, *told(rest)]
+        return found
+
+    assert sorted(told(nodes)) == sorted(nodes)
+    assert len(list(branches(nodes))) <= FANOUT
 
 
 def test_ties_go_round():
