@@ -1,4 +1,4 @@
-"""What things cost on this machine, for the simulator: ``costs.py --out FILE``, run by ``bench.scale`` as a script.
+"""What things cost on this machine, for the simulator: ``costs.py`` prints it as JSON; run by ``bench.scale`` as a script.
 
 - lanes: messages sent and received through shared memory, as the roles do it, and a process that is woken;
 - the deciding halves: each event of the real GCS and raylet states in simulated clusters of several sizes, timed;
@@ -182,6 +182,39 @@ def links() -> dict[str, float]:
     return {"link_out_s": each[0], "link_in_s": each[1], "link_chunk_s": sum(chunk) / 2, "link_look_s": found["empty_s"]}
 
 
+def derived(found: dict[str, Any], events: Any) -> tuple[dict[str, float], dict[str, Any]]:
+    """What the simulator takes, from what was measured."""
+    measured, lane, link = found["session"], found["lanes"], found["links"]
+    task, actor = measured["task"], measured["actor"]
+    cores = os.cpu_count() or 1
+    boot_s = max(0.01, (measured["start_cpu_s"][4] - measured["start_cpu_s"][2]) / 2)
+    moved = measured["object"]
+    costs = {
+        "jitter": 0.0,
+        "network_s": 1e-6,  # one host's memory
+        "bytes_per_s": 1e11,  # the same: what it takes is the link's work
+        "launch_s": max(0.0, measured["start_s"][2] - 2 * boot_s / min(2, cores)),
+        "boot_s": boot_s,
+        "fork_s": actor["fork_server"],
+        "worker_start_s": 0.9 * actor["worker"],
+        "detect_s": 0.01,  # half of launcher.link's WATCH_S
+    }
+    prices = {
+        **{key: lane[key] for key in ("turn_s", "receive_s", "receive_byte_s", "encode_s", "encode_byte_s", "send_s", "send_byte_s")},
+        "wake_s": lane["wake_s"],
+        "link_turn_s": max(1e-6, link["link_look_s"] - lane["wake_s"]),
+        **{key: link[key] for key in ("link_out_s", "link_in_s", "link_chunk_s")},
+        "link_byte_s": moved["cpu"]["link"] / moved["size"],
+        "submit_s": 0.6 * task["driver"],
+        "reply_s": 0.4 * task["driver"],
+        "task_s": task["worker"],
+        "create_s": actor["driver"],
+        "actor_s": 0.1 * actor["worker"],
+        "events": events,
+    }
+    return costs, prices
+
+
 def session(nodes: int, *arguments: str) -> dict[str, Any]:
     rows: dict[str, Any] = run([sys.executable, "-P", str(HERE / "virtual.py"), "--nodes", str(nodes), *arguments])["rows"]
     return rows
@@ -189,7 +222,6 @@ def session(nodes: int, *arguments: str) -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser()
-    parser.add_argument("--out", required=True)
     parser.add_argument("--sizes", default=",".join(map(str, SIZES)))
     arguments = parser.parse_args()
 
@@ -215,8 +247,10 @@ def main() -> None:
         "object": object_cpu,
     }
     note("nodes are measured")
-    found["events"] = states(tuple(map(int, arguments.sizes.split(","))), note)
-    Path(arguments.out).write_text(json.dumps(found))
+    events = states(tuple(map(int, arguments.sizes.split(","))), note)
+    found["costs"], found["prices"] = derived(found, events)
+    print(json.dumps(found), flush=True)
+    os._exit(0)
 
 
 if __name__ == "__main__":

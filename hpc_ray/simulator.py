@@ -116,7 +116,8 @@ class Costs(msgspec.Struct, frozen=True, kw_only=True):
     lane_s: float = 10e-6  # a message on a node
     network_s: float = 40e-6  # and one between nodes
     jitter: float = 1.0  # latencies are drawn from once to (1 + jitter) times
-    boot_s: float = 0.0  # of a node, before it registers; with prices
+    launch_s: float = 0.0  # until the launcher has started the nodes' processes; this and the next one with prices
+    boot_s: float = 0.0  # work of a node before it registers
     fork_s: float = 0.002
     worker_start_s: float = 0.01
     reap_s: float = 0.0005
@@ -145,6 +146,7 @@ class Prices(msgspec.Struct, frozen=True, kw_only=True):
     submit_s: float = 0.0  # an owner makes and sends a task
     reply_s: float = 0.0  # and takes its result
     task_s: float = 0.0  # a worker runs a task that does nothing
+    create_s: float = 0.0  # an owner makes an actor, and hears of it
     actor_s: float = 0.0  # a worker becomes an actor that does nothing in its constructor
 
     def event_s(self, role: str, name: str, nodes: int) -> float:
@@ -1047,7 +1049,7 @@ class Simulator:
         self.gcs = Gcs(self)
         self.gcs.start()
         for resources in nodes:
-            self.add_node(resources, boot_s=self.costs.boot_s)
+            self.add_node(resources, launch_s=self.costs.launch_s, boot_s=self.costs.boot_s)
 
     # -- time
 
@@ -1149,6 +1151,8 @@ class Simulator:
             return prices.submit_s
         if kind is TaskReply:
             return 0.0  # in the price of the task
+        if kind is CreateActor:
+            return prices.create_s
         size = self.size_of(message)
         price = prices.send_s + size * prices.send_byte_s
         return price if again else price + prices.encode_s + size * prices.encode_byte_s
@@ -1168,7 +1172,14 @@ class Simulator:
     def next_address(self, node: int) -> int:
         return address_of(node, next(self._lanes.setdefault(node, itertools.count(16))), 1)
 
-    def add_node(self, resources: dict[str, float], labels: dict[str, str] | None = None, boot_s: float = 0.0) -> Raylet:
+    def add_node(
+        self,
+        resources: dict[str, float],
+        labels: dict[str, str] | None = None,
+        *,
+        launch_s: float = 0.0,
+        boot_s: float = 0.0,
+    ) -> Raylet:
         node = len(self.raylets)
         config = NodeConfig(
             session="simulated",
@@ -1188,7 +1199,7 @@ class Simulator:
         if self.prices is None:
             raylet.start()
         else:
-            raylet.do_later(boot_s, raylet.start)
+            self.after(launch_s, lambda: raylet.do_later(boot_s, raylet.start))
         return raylet
 
     def add_worker(self, node: int, token: int) -> Worker:

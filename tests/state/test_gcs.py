@@ -135,7 +135,7 @@ def test_many_nodes_pass_the_view_on():
     gcs.report(0, 1, 1)
     gcs.pass_time(1)
     views = gcs.take(p.ClusterView)
-    assert len(views) == FANOUT and sum(1 + len(view.then) for view in views) == 100
+    assert len(views) <= FANOUT and sum(1 + len(view.then) for view in views) == 100
     gcs.sent.clear()
     gcs.tell(p.NodeDied(7, b"", "lost"), address_of(0, LINK_LANE, 1))
     assert len(gcs.take(p.NodeDied)) == 99
