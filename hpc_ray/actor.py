@@ -199,7 +199,7 @@ class ActorHandle:
         return found
 
     def __dir__(self) -> list[str]:
-        return list({*self._methods, *object.__dir__(self)})
+        return list(self._methods)
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, ActorHandle) and self._ray_actor_id == other._ray_actor_id
@@ -230,6 +230,15 @@ def weak_handle(description: bytes) -> ActorHandle:
     return ActorHandle(actor_id, class_name, methods, defaults, None)
 
 
+_HEAP_TYPE = 1 << 9  # a flag of types: defined by a class statement
+
+
+def _blank(kind: type) -> Any:
+    """An instance that no code of the class has seen. The class may be an exception's, or a dict's."""
+    builtin: Any = next(base for base in kind.__mro__ if not base.__flags__ & _HEAP_TYPE)
+    return builtin.__new__(kind)
+
+
 class ActorClassInheritanceException(TypeError):
     """A class was derived from an actor class."""
 
@@ -257,7 +266,7 @@ class ActorClass:
         check_actor(options)
         modified = _with_runtime_methods(target)
         kind = type(f"ActorClass({target.__name__})", (cls, modified), {"__init__": cls.__init__})
-        made: Any = object.__new__(kind)
+        made = _blank(kind)
         made._cls = modified
         made._options = options
         made._exported = None
@@ -278,7 +287,7 @@ class ActorClass:
         if "concurrency_groups" in options:
             raise ValueError("concurrency_groups can only be given in the decorator, since methods refer to them")
         check_actor(options)
-        other = object.__new__(type(self))
+        other = _blank(type(self))
         other.__dict__.update(self.__dict__)
         other._options = {**self._options, **options}
         check_actor(other._options)
@@ -345,6 +354,7 @@ class ActorClass:
             client.job_id,
             name=options.get("name") or "",
             namespace=options.get("namespace") or context.namespace,
+            program_namespace=context.namespace,
             logging=context.logging,
             detached=detached,
             max_restarts=restarts,

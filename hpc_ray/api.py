@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Sequence
+from types import NoneType
 from typing import Any
 
 from hpc_ray.actor import ActorClass, ActorHandle, weak_handle
@@ -36,7 +37,7 @@ def remote(*args: Any, **options: Any) -> Any:
     if len(args) == 1 and not options and callable(args[0]):
         return _make(args[0], {})
     assert not args and options, (
-        "The @remote decorator must be applied either with no arguments and no parentheses, for example '@remote', or "
+        "The @ray.remote decorator must be applied either with no arguments and no parentheses, for example '@ray.remote', or "
         "with keyword arguments, for example '@remote(num_returns=2, resources={\"slot\": 1})'."
     )
     return lambda target: _make(target, options)
@@ -47,13 +48,13 @@ def _make(target: Any, options: dict[str, Any]) -> Any:
         return ActorClass._wrap(target, options)
     if inspect.iscoroutinefunction(target):
         raise ValueError(
-            f"'{target.__name__}' is an async function; only methods of actors can be. Wrap it in a function that runs it: "
-            "`def wrapper(): return asyncio.run(coroutine())`."
+            f"'async def' should not be used for remote tasks, and '{target.__name__}' is one; only methods of actors can be. "
+            "Wrap it in a function that runs it: `def wrapper(): return asyncio.run(coroutine())`."
         )
     if inspect.isfunction(target):
         return RemoteFunction(target, options)
     raise TypeError(
-        f"The @remote decorator must be applied to either a function or a class, not to a {type(target).__name__}: {_short(target)}"
+        f"The @ray.remote decorator must be applied to either a function or a class, not to a {type(target).__name__}: {_short(target)}"
     )
 
 
@@ -75,6 +76,8 @@ def get(
         _check_seconds("get", timeout)
     if type(object_refs) is ObjectRef:
         return client.get_one(object_refs, timeout)
+    if isinstance(object_refs, ObjectRefGenerator):  # it is what a task has given, and no reference
+        return object_refs
     if hasattr(object_refs, "_get_for_api"):
         return object_refs._get_for_api(timeout)
     if isinstance(object_refs, list) and object_refs and hasattr(object_refs[0], "_get_for_api"):
@@ -176,7 +179,9 @@ def cancel(ray_waitable: ObjectRef, *, force: bool = False, recursive: bool = Tr
         ValueError: ``force`` for an actor's task.
     """
     if not isinstance(ray_waitable, (ObjectRef, ObjectRefGenerator)):
-        raise TypeError(f"cancel() only supported for object refs. Got: {type(ray_waitable)}.")
+        raise TypeError(
+            f"ray.cancel() only supported for object refs. For actors, try ray.kill(). Got: {type(ray_waitable)}."
+        )
     client = ensure_connected()
     task_id = ray_waitable.task_id().binary()
     with client.lock:
@@ -196,10 +201,13 @@ def get_actor(name: str, namespace: str | None = None) -> ActorHandle:
     to the GCS.
 
     Raises:
-        ValueError: there is no actor of this name in the namespace (default: the caller's), or the name is empty.
+        ValueError: there is no actor of this name in the namespace (default: the program's), or the name is empty.
+        TypeError: the name or the namespace is not a str.
     """
     if not name:
         raise ValueError("Please supply a non-empty value to get_actor")
+    if not isinstance(name, str) or not isinstance(namespace, (str, NoneType)):
+        raise TypeError(f"get_actor takes a name and a namespace, both str, not {_short(name)} and {_short(namespace)}")
     client = ensure_connected()
     where = context.namespace if namespace is None else namespace
     answer = client.request(GCS_ADDRESS, lambda request_id: GetNamedActor(request_id, name, where))
@@ -249,8 +257,9 @@ def cluster_resources() -> dict[str, float]:
 
 
 def available_resources() -> dict[str, float]:
-    """What is free, by name, as the nodes reported last. Blocks for one question to the GCS."""
-    return _floats(ensure_connected().query(GCS_ADDRESS, "available_resources"))
+    """What is free, by name, as the nodes reported last; without what is all taken. Blocks for one question to the GCS."""
+    free = ensure_connected().query(GCS_ADDRESS, "available_resources")
+    return _floats({name: amount for name, amount in free.items() if amount})
 
 
 def get_gpu_ids() -> list[int]:

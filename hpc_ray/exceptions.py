@@ -73,7 +73,7 @@ class RayTaskError(RayError):
             return self
         try:
             return _make_dual(self, cause, cause_class)
-        except TypeError:  # a class that refuses to be a base; the cause stays reachable
+        except Exception:  # a class that refuses to be a base; the cause stays reachable
             return self
 
 
@@ -98,10 +98,7 @@ def _make_dual(error: RayTaskError, cause: BaseException, cause_class: type) -> 
     dual: Any = type(name, (RayTaskError, cause_class), members)
     dual.__qualname__ = name
     dual.__module__ = RayTaskError.__module__
-    if issubclass(cause_class, BaseExceptionGroup):
-        instance = dual.__new__(dual, *cause.args)
-    else:
-        instance = dual.__new__(dual)
+    instance = dual(*cause.args) if issubclass(cause_class, BaseExceptionGroup) else dual()
     instance.args = cause.args
     for key, value in error.__dict__.items():
         object.__setattr__(instance, key, value)
@@ -177,8 +174,8 @@ class TaskCancelledError(RayError):
     def __str__(self) -> str:
         if self.error_message:
             return self.error_message
-        which = f"Task {self.task_id.hex()}" if self.task_id is not None else "This task or its dependency"
-        return f"{which} was cancelled"
+        which = f"Task: {self.task_id}" if self.task_id is not None else "This task or its dependency"
+        return f"{which} was cancelled."
 
 
 class AsyncioActorExit(RayError):

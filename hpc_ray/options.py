@@ -6,6 +6,7 @@ One table per kind; ``check`` refuses what is unknown or wrong before anything i
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -94,14 +95,18 @@ def _strategy(name: str, value: Any) -> None:
         if value not in ("DEFAULT", "SPREAD"):
             raise ValueError(f'{name} must be "DEFAULT", "SPREAD" or a strategy object, not {value!r}')
     elif isinstance(value, PlacementGroupSchedulingStrategy):
-        _group("placement_group", value.placement_group)
+        group = value.placement_group
+        assert group in (None, "default") or hasattr(type(group), "bundle_specs"), (
+            f"{name} must hold a placement group, not a {type(group).__name__}"
+        )
     elif value is not None and not isinstance(value, kinds):
         raise TypeError(f'{name} must be "DEFAULT", "SPREAD" or a strategy object, not {type(value).__name__}')
 
 
 def _group(name: str, value: Any) -> None:
     if value not in (None, "default"):
-        assert hasattr(type(value), "bundle_specs"), f"{name} must be a placement group, not a {type(value).__name__}"
+        if not hasattr(type(value), "bundle_specs"):
+            raise TypeError(f"{name} must be a placement group, not a {type(value).__name__}")
 
 
 def _lifetime(name: str, value: Any) -> None:
@@ -129,6 +134,21 @@ def _labels(name: str, value: Any) -> None:
     for key, wanted in value.items():
         if not isinstance(key, str) or not isinstance(wanted, str):
             raise TypeError(f'{name} must hold str: "value", "!value", "in(a, b)" or "!in(a, b)"; it has {key!r}: {wanted!r}')
+        if not _SELECTOR.fullmatch(wanted):
+            raise ValueError(f'{name}[{key!r}] must be "value", "!value", "in(a, b)" or "!in(a, b)", it is {wanted!r}')
+
+
+_LABEL = r"[a-zA-Z0-9]([a-zA-Z0-9._-]*[a-zA-Z0-9])?"
+_SELECTOR = re.compile(rf"!?(({_LABEL})?|in\({_LABEL}(, ?{_LABEL})*\))")
+
+
+def _fallbacks(name: str, value: Any) -> None:
+    if not isinstance(value, list):
+        raise TypeError(f"{name} must be a list of dicts with a label_selector each, not {type(value).__name__}")
+    for item in value:
+        if not isinstance(item, dict) or set(item) != {"label_selector"}:
+            raise ValueError(f"{name} must hold dicts with the one key label_selector; it has {item!r}")
+        _labels(f"the label_selector in {name}", item["label_selector"])
 
 
 def _environment(name: str, value: Any) -> None:
@@ -148,6 +168,7 @@ _COMMON: dict[str, Check] = {
     "placement_group_bundle_index": _integer(-1),
     "placement_group_capture_child_tasks": _optional(_typed(bool, "a bool")),
     "label_selector": _optional(_labels),
+    "fallback_strategy": _optional(_fallbacks),
     "name": _optional(_name),
     "mpi_ranks": _optional(_integer(1)),
     "mpi_ranks_per_node": _optional(_integer(1)),
@@ -158,7 +179,7 @@ _TASK: dict[str, Check] = {
     **_COMMON,
     "num_returns": _optional(_returns),
     "max_retries": _optional(_integer(0, (-1,))),
-    "retry_exceptions": _optional(_retry_exceptions),
+    "retry_exceptions": _retry_exceptions,
     "max_calls": _optional(_integer(0)),
     "_generator_backpressure_num_objects": _optional(_integer(1, (-1,))),
 }
@@ -354,8 +375,13 @@ def strategy_of(options: dict[str, Any]) -> tuple[Strategy, PlacementGroupSchedu
         return Strategy("LABELS", hard_labels=value.describe(value.hard), soft_labels=value.describe(value.soft)), None
     selector = options.get("label_selector")
     if selector:
-        return Strategy("LABELS", hard_labels={key: _selector(text) for key, text in selector.items()}), None
+        fallbacks = [_conditions(one["label_selector"]) for one in options.get("fallback_strategy") or []]
+        return Strategy("LABELS", hard_labels=_conditions(selector), fallbacks=fallbacks), None
     return Strategy(value or "DEFAULT"), None
+
+
+def _conditions(selector: dict[str, str]) -> dict[str, Any]:
+    return {key: _selector(text) for key, text in selector.items()}
 
 
 def _selector(text: str) -> list[Any]:

@@ -48,6 +48,7 @@ class Strategy(msgspec.Struct, frozen=True, array_like=True, gc=False):
     soft: bool = False  # NODE: another node will do
     hard_labels: dict[str, Any] = {}  # LABELS: label → operator and values, as in util.scheduling_strategies
     soft_labels: dict[str, Any] = {}
+    fallbacks: list[dict[str, Any]] = []  # LABELS: other conditions, the first preferred, where hard_labels lead nowhere
 
 
 class Shape(msgspec.Struct, frozen=True, array_like=True, gc=False):
@@ -140,6 +141,7 @@ class ActorSpec(msgspec.Struct, frozen=True, array_like=True):
     call_site: str = ""
     logging: str = ""  # LoggingConfig as JSON
     gang: Gang | None = None
+    program_namespace: str = ""  # of the job, where the actor itself looks for names and makes named actors
 
 
 class ActorState(enum.IntEnum):

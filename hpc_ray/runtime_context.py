@@ -41,9 +41,9 @@ class RuntimeContext:
         return task.name if task is not None else None
 
     def get_task_function_name(self) -> str | None:
-        """The name of the function or method itself, whatever the call is named; None in a driver."""
+        """The name of the function or method itself, with its module or script, whatever the call is named; None in a driver."""
         task = context.task.get()
-        return task.function_name if task is not None else None
+        return task.full_name if task is not None else None
 
     def get_node_labels(self) -> dict[str, str]:
         return dict(self._client.config.labels)
@@ -66,9 +66,17 @@ class RuntimeContext:
         return context.runtime_env or "{}"
 
     def is_canceled(self) -> bool:
-        """Whether somebody has cancelled the calling task. Methods of actors ask this, since they are not interrupted."""
+        """Whether somebody has cancelled the calling task. Methods of actors ask this, since they are not interrupted.
+
+        Raises:
+            RuntimeError: the driver, or a coroutine of an actor, which is cancelled like any coroutine, asks.
+        """
         task = context.task.get()
-        return task is not None and task.task_id in context.cancelled
+        if task is None:
+            raise RuntimeError("is_canceled() is for tasks; this code runs in none.")
+        if context.actor is not None and context.actor.spec.is_async:
+            raise RuntimeError("is_canceled() is not for async actors: their coroutines get asyncio.CancelledError.")
+        return task.task_id in context.cancelled
 
     def get_actor_id(self) -> str | None:
         """None outside actors."""
@@ -111,9 +119,10 @@ class RuntimeContext:
         return shape.group_id.hex() if shape is not None and shape.group_id else None
 
     @property
-    def current_placement_group_id(self) -> PlacementGroupID | None:
+    def current_placement_group_id(self) -> PlacementGroupID:
+        """The nil id outside groups."""
         found = self.get_placement_group_id()
-        return PlacementGroupID.from_hex(found) if found else None
+        return PlacementGroupID.from_hex(found) if found else PlacementGroupID.nil()
 
     @property
     def gcs_address(self) -> str:

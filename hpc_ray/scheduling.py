@@ -224,15 +224,25 @@ def choose(
         if not strategy.soft:
             return Choice(Verdict.IMPOSSIBLE if target is None else Verdict.NOWHERE)
     elif strategy.kind == "LABELS":
-        candidates = [node for node in candidates if matches(node.labels, strategy.hard_labels)]
-        liked = [node for node in candidates if matches(node.labels, strategy.soft_labels)]
-        if liked and strategy.soft_labels:
-            choice = _pick(liked, demand, prefer)
-            if choice.verdict is Verdict.AVAILABLE:
-                return choice
+        return _labelled(candidates, demand, strategy, prefer)
     elif strategy.kind == "SPREAD":
         return _spread(sorted(candidates, key=_index), demand, turn)
     return _pick(candidates, demand, prefer)
+
+
+def _labelled(nodes: list[NodeView], demand: Resources, strategy: Strategy, prefer: int) -> Choice:
+    """The first conditions that are met somewhere now, or else somewhere once there is room."""
+    later = Choice(Verdict.NOWHERE)
+    for conditions in (strategy.hard_labels, *strategy.fallbacks):
+        candidates = [node for node in nodes if matches(node.labels, conditions)]
+        liked = [node for node in candidates if matches(node.labels, strategy.soft_labels)]
+        for group in (liked, candidates) if strategy.soft_labels else (candidates,):
+            choice = _pick(group, demand, prefer)
+            if choice.verdict is Verdict.AVAILABLE:
+                return choice
+            if later.verdict is Verdict.NOWHERE and group is candidates:
+                later = choice
+    return later
 
 
 def _pick(candidates: list[NodeView], demand: Resources, prefer: int) -> Choice:

@@ -71,17 +71,20 @@ def death_error(actor_id: bytes, class_name: str, cause: DeathCause | None, info
             error.__cause__ = loads(cause.error)
         return error
     lines = [
-        "The actor died unexpectedly before finishing this task."
-        if cause.kind in ("CRASHED", "NODE_DIED", "OOM", "GROUP_REMOVED")
-        else "The actor is dead.",
+        "The actor died unexpectedly before finishing this task.",
         f"\tclass_name: {class_name}",
         f"\tactor_id: {identity}",
     ]
-    if info is not None and info.name:
-        lines.append(f"\tname: {info.name}\n\tnamespace: {info.namespace}")
     if cause.pid:
         lines.append(f"\tpid: {cause.pid}")
-    return ActorDiedError(identity, "\n".join(lines) + f"\n{cause.text}")
+    if info is not None and info.name:
+        lines.append(f"\tname: {info.name}")
+    if info is not None and info.namespace:
+        lines.append(f"\tnamespace: {info.namespace}")
+    text = cause.text
+    if cause.kind in ("CRASHED", "EXITED", "OOM"):
+        text = f"its worker process has died: {'exit_actor() is called' if text == 'exit_actor' else text}"
+    return ActorDiedError(identity, "\n".join(lines) + f"\nThe actor is dead because {text}.")
 
 
 _ALIVE = ActorState.ALIVE  # looking it up in its class costs more than all else that a call looks at

@@ -29,12 +29,13 @@ gang: Gang | None = None  # in a rank, while a call runs
 class TaskContext:
     """The task that is running."""
 
-    __slots__ = ("attempt", "function_name", "name", "shape", "task_id")
+    __slots__ = ("attempt", "full_name", "function_name", "name", "shape", "task_id")
 
-    def __init__(self, task_id: bytes, name: str, function_name: str, attempt: int, shape: Any = None):
+    def __init__(self, task_id: bytes, name: str, function_name: str, full_name: str, attempt: int, shape: Any = None):
         self.task_id = task_id
         self.name = name
         self.function_name = function_name
+        self.full_name = full_name  # with the module, or the name of the script
         self.attempt = attempt
         self.shape = shape  # of the lease
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, NoReturn, TypeVar
 
 from hpc_ray.ids import JobID, TaskID
 from hpc_ray.serialize import note_contained
@@ -92,6 +92,11 @@ class _Name:
         self.id = object_id
         self.count = 1 << 60  # there is nothing to be let go of
 
+    def __getattr__(self, name: str) -> NoReturn:
+        raise ValueError(
+            f"The reference {self.id.hex()} is to no object of this session: it is nil, or was made from bytes outside of a session."
+        )
+
 
 _NIL = b"\xff" * 28
 
@@ -162,6 +167,8 @@ class ObjectRef(Generic[T]):
         return f"ObjectRef({self._entry.id.hex()})"
 
     def __reduce__(self) -> Any:
+        if type(self._entry) is _Name:
+            return ObjectRef.from_binary, (self._entry.id,)
         if not note_contained(self) and _Hooks.leak is not None:
             _Hooks.leak(self._entry)  # pickled by hand: nobody can know when the copy goes
         return _rebuild, (self._entry.id,)

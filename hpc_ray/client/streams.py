@@ -76,7 +76,8 @@ class Stream:
         self.total = self.arrived
         objects = self.client.objects
         objects.set_result(self.done, Result(ResultKind.INLINE, serialize(None).to_bytes()))
-        objects.release(self.done)
+        if self.dropped:
+            objects.release(self.done)
         for index, entry in list(self.entries.items()):
             if index >= self.total:
                 objects.set_result(entry, Result(ResultKind.INLINE))
@@ -88,6 +89,8 @@ class Stream:
             self.forget(index)
         if self.total is None:
             self.consumed(-1)
+        else:
+            self.client.objects.release(self.done)
 
     def forget(self, index: int) -> None:
         self.client.objects.release(self.entries.pop(index))
@@ -114,6 +117,7 @@ class Stream:
         while (reference := self.take()) is not None:
             references.append(reference)
         serialized = serialize(DynamicObjectRefGenerator(references))
+        self.drop()
         return Result(ResultKind.INLINE, serialized.to_bytes(), contained=[r.binary() for r in references])
 
 
@@ -182,9 +186,9 @@ class ObjectRefGenerator:
             return self._client.objects.reference(self._stream.done)
 
     def next_ready(self) -> bool:
-        """Whether ``next`` would return at once."""
+        """Whether ``next`` would return a reference at once."""
         with self._client.lock:
-            return self._head().state == State.READY
+            return not self.is_finished() and self._head().state == State.READY
 
     def is_finished(self) -> bool:
         """Whether all items have been handed out and the task is done."""

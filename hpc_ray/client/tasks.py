@@ -431,11 +431,17 @@ class _ErrorOfArgument:
 
 
 def error_of_argument(name: str, payload: bytes) -> BaseException:
-    """User code's error as it is; another one, of a crash for instance, as the cause of this task's."""
+    """The cause is what user code raised, or another failure, of a crash for instance; a chain of such errors tells its ends."""
     error = loads(payload)
+    kind, text = type(error), str(error)
     if isinstance(error, RayTaskError):
-        return error
-    return RayTaskError(name, f"{name}() did not run, for an argument failed.\n{type(error).__name__}: {error}", error)
+        text = text.partition(_NOT_RUN)[2] or f"{kind.__module__}.{kind.__name__}: {text}"
+    else:
+        text = f"{kind.__module__}.{kind.__name__}: {text}"
+    return RayTaskError(name, f"hpc_ray::{name}()\n{_NOT_RUN}{text}", error)
+
+
+_NOT_RUN = "  At least one of the input arguments for this task could not be computed:\n"
 
 
 class Lease:

@@ -407,7 +407,7 @@ class Actors(Part):
     def on_subscribe_actor(self, event: SubscribeActor, source: int) -> None:
         actor = self.actors.get(event.actor_id)
         if actor is None:
-            cause = DeathCause("UNKNOWN", "the GCS does not know this actor: it was never made, or it died long ago")
+            cause = DeathCause("UNKNOWN", "the GCS does not know it: it was never made, or it died long ago")
             self.send(source, ActorUpdate(ActorInfo(event.actor_id, ActorState.DEAD, cause=cause)))
             return
         if not actor.is_dead:

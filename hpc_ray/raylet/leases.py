@@ -318,7 +318,8 @@ class Leases(Part):
         if not self.pool.feasible(queue.placement):
             return False
         if strategy.kind == "LABELS":
-            return matches(self.views[self.node].labels, strategy.hard_labels)
+            labels = self.views[self.node].labels
+            return any(matches(labels, conditions) for conditions in (strategy.hard_labels, *strategy.fallbacks))
         return strategy.kind != "NODE" or strategy.node_id == self.node_id
 
     def _affinity_lost(self, queue: Queue, request: Request) -> int:

@@ -95,7 +95,7 @@ class ActorPool:
         while number not in self._by_number:  # taken out of order
             number += 1
         reference = self._by_number[number]
-        if not wait([reference], timeout=timeout)[0]:
+        if timeout is not None and not wait([reference], timeout=timeout)[0]:
             if not ignore_if_timedout:
                 raise TimeoutError(f"the next result was not there within {timeout} s; it can be asked for again")
             self._next = number + 1

@@ -244,8 +244,12 @@ class Executor:
                 submitter.cancel(task, message.force, True)
 
     def reply_cancelled(self, source: int, task: PushTask) -> None:
-        error = Result(ERROR, serialize.dumps(TaskCancelledError(TaskID(task.task_id))))
-        self.client.send(source, TaskReply(task.task_id, task.attempt, [error] * abs(task.num_returns), 0))
+        results = [self.cancelled_result(task)] * abs(task.num_returns)
+        self.client.send(source, TaskReply(task.task_id, task.attempt, results, 0))
+
+    def cancelled_result(self, task: PushTask) -> Result:
+        """That of a task without an error of its own: it had not started, or did not heed the wish."""
+        return Result(ERROR, serialize.dumps(TaskCancelledError(TaskID(task.task_id))))
 
     # -------------------------------------------------------------- the main thread
 
@@ -375,7 +379,7 @@ class Executor:
             retryable = False
             value = None
             if self.cancelled and task.actor_id and task.task_id in self.cancelled:
-                raise KeyboardInterrupt
+                results, failed = [self.cancelled_result(task)] * abs(task.num_returns), True
             self.interruptible = b""
         except (LeaveProcess, SystemExit) as error:
             self.interruptible = b""
@@ -425,15 +429,22 @@ class Executor:
             extras = self.extras(task.extras) if task.extras else {}
             if self.actor is not None:
                 function_name = f"{self.actor.spec.class_name}.{task.name}"
-                names = extras.get("task_name") or function_name, function_name
+                names = extras.get("task_name") or function_name, function_name, self.actor_function(task.name)
             else:
                 try:
                     function = self.function(task.function_id)
-                    names = task.name, f"{function.__module__}.{function.__qualname__}"
+                    full_name = f"{_module_of(function)}.{function.__name__}"
+                    names = task.name, f"{function.__module__}.{function.__qualname__}", full_name
                 except Exception:  # it fails again where that is the task's error
-                    names = task.name, task.name
+                    names = task.name, task.name, task.name
             self.names[task.function_id, task.name, task.extras] = names
         return context.TaskContext(task.task_id, *names, task.attempt, self.shape)
+
+    def actor_function(self, method: str) -> str:
+        """The full name of a method of the actor."""
+        assert self.actor is not None
+        cls = type(self.actor.instance)
+        return f"{_module_of(getattr(cls, method, cls), cls)}.{cls.__qualname__}.{method}"
 
     def reply(
         self, source: int, task: PushTask, results: list[Result], loans: list[Entry], nanoseconds: int, retryable: bool
@@ -484,6 +495,15 @@ class Executor:
             self.client.records.leave()
         if not self.status:
             self.client.send(self.client.raylet, ProcessLeaving(self.leaving or ""))
+
+
+def _module_of(function: Any, cls: Any = None) -> str:
+    """Where a function is from: its module, or its class's; for the program itself the name of the script."""
+    module = getattr(cls or function, "__module__", "")
+    code = getattr(inspect.unwrap(function), "__code__", None)
+    if module == "__main__" and code is not None and not code.co_filename.startswith("<"):
+        return os.path.splitext(os.path.basename(code.co_filename))[0]
+    return module
 
 
 async def _await(value: Any) -> Any:

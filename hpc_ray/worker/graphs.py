@@ -56,7 +56,7 @@ class Graph:
         assert actor is not None
         task_id = self.client.minter.task_id()
         self.contexts = [
-            context.TaskContext(task_id, name, name, 0, executor.shape)
+            context.TaskContext(task_id, name, name, name, 0, executor.shape)
             for name in (f"{actor.spec.class_name}.{step.method}" for step in self.steps)
         ]
         self.methods = [getattr(actor.instance, step.method) for step in self.steps]

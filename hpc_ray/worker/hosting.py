@@ -70,7 +70,7 @@ class ActorHost:
         spec = message.spec
         self.executor.actor = context.ActorContext(spec, message.attempt, client.address)
         context.set_actor(self.executor.actor)
-        context.namespace = spec.namespace
+        context.namespace = spec.program_namespace
         use_logging(spec.logging)
         client.use_job(spec.job_id)
         set_job(spec.job_id)
@@ -78,7 +78,7 @@ class ActorHost:
         self.executor.use_instances(message.instances)
         set_task_name(spec.class_name)
         current = context.TaskContext(
-            spec.creation_task_id, f"{spec.class_name}.__init__", f"{spec.class_name}.__init__", message.attempt, spec.shape
+            spec.creation_task_id, *[f"{spec.class_name}.__init__"] * 3, message.attempt, spec.shape
         )
         token = context.task.set(current)
         loans: list[Entry] = []
@@ -93,6 +93,7 @@ class ActorHost:
                 cls = self.executor.functions[spec.class_id] = serialize.loads(spec.class_blob)
                 args, kwargs, loans = self.executor.arguments(spec)
                 self.executor.actor.instance = cls.__new__(cls)
+                current.full_name = self.executor.actor_function("__init__")
                 if spec.is_async:
                     self.loop = ActorLoop(client)
                     asyncio.set_event_loop(self.loop)

@@ -71,7 +71,7 @@ class RankExecutor(Executor):
                 self.enter()
                 self.actor = context.ActorContext(extras["spec"], extras["attempt"], self.leader)
                 context.set_actor(self.actor)
-                context.namespace = self.actor.spec.namespace
+                context.namespace = self.actor.spec.program_namespace
                 self.client.records.actor_id = self.actor.spec.actor_id
                 cls = self.function(task.function_id)
                 self.actor.instance = cls.__new__(cls)

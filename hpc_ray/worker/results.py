@@ -181,7 +181,8 @@ class Results:
     def pack_error(self, task: PushTask, error: BaseException) -> tuple[list[Result], bool]:
         if task.task_id in self.executor.cancelled or isinstance(error, KeyboardInterrupt):
             self.executor.cancelled.discard(task.task_id)
-            failure: BaseException = TaskCancelledError(TaskID(task.task_id))
+            cancelled = TaskCancelledError(TaskID(task.task_id)).with_traceback(error.__traceback__)
+            failure: BaseException = self.describe(task.name, cancelled)
             retryable = False
         else:
             failure = self.describe(task.name, error)
@@ -204,30 +205,46 @@ class Results:
             return error.failure
         client = self.client
         assert client.welcome is not None
-        where = f"hpc_ray::{name}() (pid={client.pid}, ip={client.welcome.ip})"
-        if self.executor.actor is not None and self.executor.actor.instance is not None:
-            where = f"hpc_ray::{type(self.executor.actor.instance).__name__}.{name}() (pid={client.pid}, ip={client.welcome.ip})"
-        text = where + "\n" + _user_traceback(error)
-        return RayTaskError(
-            name,
-            text,
-            error,
-            proctitle=f"hpc_ray::{name}",
-            pid=client.pid,
-            ip=client.welcome.ip,
-            actor_id=self.executor.actor.spec.actor_id.hex() if self.executor.actor is not None else None,
-        )
+        ip = client.welcome.ip
+        actor = self.executor.actor
+        title, identity, shown = f"hpc_ray::{name}", None, None
+        who = f"pid={client.pid}, ip={ip}"
+        if actor is not None:
+            title, identity = f"hpc_ray::{actor.spec.class_name}.{name}", actor.spec.actor_id.hex()
+            if actor.instance is not None:
+                shown = _shown(actor.instance)
+                who += f", actor_id={identity}, repr={shown}"
+        text = _user_traceback(error, f"{title}() ({who})")
+        return RayTaskError(name, text, error, title, client.pid, ip, actor_repr=shown, actor_id=identity)
 
 
-_OWN_FILES = __file__.rpartition("/")[0] + "/"
+def _shown(instance: Any) -> str:
+    """An actor as it shows itself, on one line."""
+    try:
+        return repr(instance).replace("\n", " ")
+    except Exception:
+        return object.__repr__(instance)
 
 
-def _user_traceback(error: BaseException) -> str:
-    """The traceback without the runtime's own frames."""
-    trace = error.__traceback__
-    while trace is not None and trace.tb_frame.f_code.co_filename.startswith(_OWN_FILES):
-        trace = trace.tb_next
-    return "".join(traceback.format_exception(type(error), error, trace))
+_PACKAGE = __file__.rpartition("/worker/")[0]
+_OWN_FILES = (f"{_PACKAGE}/worker/", f"{_PACKAGE}/client/", f"{_PACKAGE}/api.py")
+_HEADER = "Traceback (most recent call last):"
+
+
+def _user_traceback(error: BaseException, where: str) -> str:
+    """The traceback without the runtime's own frames; ``where`` is the head of each part of it."""
+    found = traceback.TracebackException.from_exception(error, compact=True)
+    todo: list[traceback.TracebackException | None] = [found]
+    while todo:
+        part = todo.pop()
+        if part is not None:
+            frames = [frame for frame in part.stack if not frame.filename.startswith(_OWN_FILES)]
+            part.stack = traceback.StackSummary.from_list(frames)
+            todo += [part.__cause__, part.__context__, *(getattr(part, "exceptions", None) or [])]
+    lines = "".join(found.format()).rstrip("\n").split("\n")
+    if _HEADER not in lines:  # it has no traceback, or is a group
+        lines.insert(0, _HEADER)
+    return "\n".join(where if line == _HEADER else line for line in lines)
 
 
 def dump_error(error: BaseException) -> bytes:
