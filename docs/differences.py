@@ -107,7 +107,6 @@ REASONS: dict[str, str] = {
     "util.scheduling_strategies:*Exist*.__init__": "says what is wrong with Exists(value)",
     "util.serialization:StandaloneSerializationContext": "a step of Ray's own serialisation",
     "util.state:StateApiClient.*": "takes what the list functions take, instead of objects of Ray's",
-    "util.state:list_cluster_events": "there is no autoscaler whose events could be listed",
 }
 
 # The same patterns → what is better than in Ray, in names that programs use with the same meaning.

@@ -174,6 +174,9 @@ class ActorHandle:
             extras["task_name"] = marked["name"]
         if listed:
             extras["single"] = True
+        recorded = marked.get("enable_task_events", self._defaults.get("enable_task_events", True))
+        if not recorded:
+            extras["unrecorded"] = True
         return Template(
             _NO_FUNCTION,
             name,
@@ -184,6 +187,7 @@ class ActorHandle:
             extras=serialize.dumps(extras) if extras else b"",
             limited=limit > 0,
             listed=listed,
+            recorded=recorded,
         )
 
     def __getattr__(self, name: str) -> ActorMethod:
@@ -329,8 +333,10 @@ class ActorClass:
             defaults["mpi_ranks"] = ranks
         if options.get("max_pending_calls"):
             defaults["max_pending_calls"] = options["max_pending_calls"]
+        if not options.get("enable_task_events", True):
+            defaults["enable_task_events"] = False
         detached = _is_detached(options.get("lifetime"), client)
-        description = (actor_id, cls.__name__, _method_table(cls), defaults)
+        description = (actor_id, cls.__qualname__, _method_table(cls), defaults)
         creation = Template(exported, f"{cls.__name__}.__init__", None)
         task = Task(client.actors, creation, client.minter.task_id())
         client.packer.pack(task, args, kwargs)
@@ -342,7 +348,7 @@ class ActorClass:
             shape = shape_of(running, options, client)
         spec = ActorSpec(
             actor_id,
-            cls.__name__,
+            cls.__qualname__,
             exported.id,
             exported.blob,
             task.arguments,
@@ -367,6 +373,7 @@ class ActorClass:
             handle=serialize.dumps(description),
             creation_task_id=task.id,
             gang=gang,
+            recorded=options.get("enable_task_events", True),
         )
         scope = None if detached else client.actors.new_scope(actor_id)
         answer = client.actors.create(spec, task, bool(options.get("get_if_exists")))

@@ -18,7 +18,7 @@ import msgspec
 from hpc_ray.client import context
 from hpc_ray.client.client import Client
 from hpc_ray.ids import GCS_ADDRESS
-from hpc_ray.protocol import CallRow, History, Resources, RunRow, SpanRow
+from hpc_ray.protocol import CallRow, History, Resources, RunRow, SpanRow, short_name
 from hpc_ray.session import ensure_connected, init
 
 MOST_ROWS = 100_000  # of all processes together
@@ -155,7 +155,7 @@ class Activity:
             (span, self.places.get(history.address)) for history in histories for span in history.spans
         ]
         found = [self._called(call) for history in histories for call in history.calls]
-        found += [self._made(row) for row in asking.gcs("list_actors")]
+        found += [self._made(row) for row in asking.gcs("list_actors") if row["recorded"]]
         found += [self._ran(run, address) for run, address in self._runs.values()]  # whoever made the call is gone
         found.sort(key=lambda attempt: (attempt.task_id, attempt.number))
         for before, after in pairwise(found):  # sending again elsewhere is no attempt of its own
@@ -215,7 +215,7 @@ class Activity:
 
     def _made(self, row: dict[str, Any]) -> Attempt:
         """The making of an actor."""
-        function = f"{row['class_name']}.__init__"
+        function = f"{short_name(row['class_name'])}.__init__"
         made = Attempt(
             bytes(row["creation_task_id"]),
             row["attempt"],

@@ -112,6 +112,11 @@ class Dependency(msgspec.Struct, frozen=True, array_like=True, gc=False):
 ALL_ARGUMENTS = -1  # slot of a dependency that holds the whole (args, kwargs)
 
 
+def short_name(qualified: str) -> str:
+    """A class's name without those of what it was defined in."""
+    return qualified.rpartition(".")[2]
+
+
 class ActorSpec(msgspec.Struct, frozen=True, array_like=True):
     """All that is needed to make an actor, again if it must be."""
 
@@ -142,6 +147,11 @@ class ActorSpec(msgspec.Struct, frozen=True, array_like=True):
     logging: str = ""  # LoggingConfig as JSON
     gang: Gang | None = None
     program_namespace: str = ""  # of the job, where the actor itself looks for names and makes named actors
+    recorded: bool = True  # in what list_tasks and timeline show
+
+    @property
+    def short_name(self) -> str:
+        return short_name(self.class_name)
 
 
 class ActorState(enum.IntEnum):

@@ -180,6 +180,9 @@ class RemoteFunction:
         limit = options.get("_generator_backpressure_num_objects") or 0
         if limit > 0:
             extras["backpressure"] = limit
+        recorded = options.get("enable_task_events", True)
+        if not recorded:
+            extras["unrecorded"] = True
         if self._ranks:
             self.gang, shape = gang_of(f"{options.get('name') or self._function.__name__}()", options, client)
             if self.leads:
@@ -197,6 +200,7 @@ class RemoteFunction:
             extras=serialize.dumps(extras) if extras else b"",
             limited=limit > 0,
             listed=self._per_rank and self._ranks == 1,
+            recorded=recorded,
         )
         self._client = client
         self._captured = context.captured

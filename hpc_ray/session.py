@@ -396,7 +396,7 @@ def _register_job(client: Client, name: str, job: JobConfig) -> str:
     }
     answer = client.request(
         GCS_ADDRESS,
-        lambda request_id: RegisterJob(request_id, client.address, os.getpid(), " ".join(sys.argv), name, settings),
+        lambda request_id: RegisterJob(request_id, client.address, os.getpid(), " ".join([sys.executable, *sys.argv]), name, settings),
         config.settings.start_timeout_s,
     )
     client.use_job(answer.job_id)

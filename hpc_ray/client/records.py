@@ -32,6 +32,7 @@ from hpc_ray.protocol import (
     RunRow,
     SpanRow,
     pack,
+    short_name,
 )
 from hpc_ray.serialize import loads
 
@@ -98,6 +99,8 @@ class Records:
 
     def note_call(self, task: Task, results: list[Result]) -> None:
         """An attempt of a call has ended with these results."""
+        if not task.template.recorded:
+            return
         error: Any = None
         if results and results[0].kind == _ERROR:
             error = results[0].payload
@@ -136,7 +139,7 @@ class Records:
         offset = time.time_ns() - now_ns()
         current = [*client.tasks.tasks.values(), *client.actors.calls.values()]
         calls = [self._call(*record, offset=offset) for record in _last(self.calls, limit)]
-        calls += [self._pending(task, offset) for task in current]
+        calls += [self._pending(task, offset) for task in current if task.template.recorded]
         runs = [self._run(*record, offset=offset) for record in _last(self.runs, limit)]
         runs += [self._run(*record, offset=offset) for record in self.now_running()]
         spans = [
@@ -165,7 +168,7 @@ class Records:
         actor_id, worker, pid = b"", 0, 0
         rest: tuple[Any, ...] = ()
         if shape is None:  # the seat is the ActorLink, or the ActorInfo of the process that has it
-            function = f"{seat.class_name}.{template.name}"
+            function = f"{short_name(seat.class_name)}.{template.name}"
             extras = loads(template.extras) if template.extras else {}
             name = extras.get("task_name") or function
             actor_id, worker, pid = (seat.actor_id, seat.address, seat.pid) if sent else (seat.id, 0, 0)

@@ -95,6 +95,7 @@ class Template:
         "max_retries",
         "name",
         "num_returns",
+        "recorded",
         "retry_exceptions",
         "shape",
         "shape_key",
@@ -112,6 +113,7 @@ class Template:
         extras: bytes = b"",
         limited: bool = False,
         listed: bool = False,
+        recorded: bool = True,
     ):
         self.function = function
         self.name = name
@@ -123,6 +125,7 @@ class Template:
         self.max_retries = max_retries
         self.retry_exceptions = retry_exceptions
         self.extras = extras
+        self.recorded = recorded  # in what list_tasks and timeline show
 
 
 class Task:

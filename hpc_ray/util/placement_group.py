@@ -32,7 +32,7 @@ def _itself(group: PlacementGroup) -> PlacementGroup:
     return group
 
 
-_ready = RemoteFunction(_itself, {"num_cpus": 0, "name": "placement_group_ready"})
+_ready = RemoteFunction(_itself, {"num_cpus": 0, "name": "placement_group_ready", "enable_task_events": False})
 
 
 class PlacementGroup:

@@ -396,9 +396,10 @@ class Executor:
         if self.cancelled:
             self.cancelled.discard(task.task_id)  # too late
         ended = now_ns()
-        self.runs.append(
-            (task.task_id, task.attempt, current.name, current.function_name, started, called, returned, ended, failed)
-        )
+        if current.recorded:
+            self.runs.append(
+                (task.task_id, task.attempt, current.name, current.function_name, started, called, returned, ended, failed)
+            )
         self.reply(source, task, results, loans, ended - started, retryable)
 
     def call(self, task: PushTask, args: tuple, kwargs: dict) -> Any:
@@ -412,6 +413,8 @@ class Executor:
         main = threading.main_thread().ident
         found: list[tuple] = []
         for task_id, (runner, current, started) in list(self.running.items()):
+            if not current.recorded:
+                continue
             state = "RUNNING" if started else "PENDING_ACTOR_TASK_ORDERING_OR_CONCURRENCY"
             if runner == main and self.blocked:
                 state = "RUNNING_IN_RAY_WAIT" if self.client.in_wait else "RUNNING_IN_RAY_GET"
@@ -428,7 +431,7 @@ class Executor:
         if names is None:
             extras = self.extras(task.extras) if task.extras else {}
             if self.actor is not None:
-                function_name = f"{self.actor.spec.class_name}.{task.name}"
+                function_name = f"{self.actor.spec.short_name}.{task.name}"
                 names = extras.get("task_name") or function_name, function_name, self.actor_function(task.name)
             else:
                 try:
@@ -438,7 +441,9 @@ class Executor:
                 except Exception:  # it fails again where that is the task's error
                     names = task.name, task.name, task.name
             self.names[task.function_id, task.name, task.extras] = names
-        return context.TaskContext(task.task_id, *names, task.attempt, self.shape)
+        current = context.TaskContext(task.task_id, *names, task.attempt, self.shape)
+        current.recorded = not (task.extras and self.extras(task.extras).get("unrecorded"))
+        return current
 
     def actor_function(self, method: str) -> str:
         """The full name of a method of the actor."""

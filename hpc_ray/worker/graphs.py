@@ -57,7 +57,7 @@ class Graph:
         task_id = self.client.minter.task_id()
         self.contexts = [
             context.TaskContext(task_id, name, name, name, 0, executor.shape)
-            for name in (f"{actor.spec.class_name}.{step.method}" for step in self.steps)
+            for name in (f"{actor.spec.short_name}.{step.method}" for step in self.steps)
         ]
         self.methods = [getattr(actor.instance, step.method) for step in self.steps]
 

@@ -76,9 +76,9 @@ class ActorHost:
         set_job(spec.job_id)
         self.executor.use_shape(spec.shape)
         self.executor.use_instances(message.instances)
-        set_task_name(spec.class_name)
+        set_task_name(spec.short_name)
         current = context.TaskContext(
-            spec.creation_task_id, *[f"{spec.class_name}.__init__"] * 3, message.attempt, spec.shape
+            spec.creation_task_id, *[f"{spec.short_name}.__init__"] * 3, message.attempt, spec.shape
         )
         token = context.task.set(current)
         loans: list[Entry] = []
@@ -115,9 +115,10 @@ class ActorHost:
             self.creating = None
             ended, name = now_ns(), current.function_name
             times = (started, called, 0 if failed else ended, ended)
-            client.records.runs.append((current.task_id, message.attempt, name, name, *times, failed, "creation"))
+            if spec.recorded:
+                client.records.runs.append((current.task_id, message.attempt, name, name, *times, failed, "creation"))
         if not spec.is_async and (spec.max_concurrency > 1 or spec.concurrency_groups):
-            self.pools[""] = ThreadPoolExecutor(spec.max_concurrency, thread_name_prefix=spec.class_name)
+            self.pools[""] = ThreadPoolExecutor(spec.max_concurrency, thread_name_prefix=spec.short_name)
             for name, size in spec.concurrency_groups.items():
                 self.pools[name] = ThreadPoolExecutor(size, thread_name_prefix=name)
         client.work_off_released()
@@ -243,9 +244,10 @@ class ActorHost:
             self.executor.running.pop(task.task_id, None)
             alive.discard(job)
         ended = now_ns()
-        self.executor.runs.append(
-            (task.task_id, task.attempt, current.name, current.function_name, started, started, ended, ended, failed)
-        )
+        if current.recorded:
+            self.executor.runs.append(
+                (task.task_id, task.attempt, current.name, current.function_name, started, started, ended, ended, failed)
+            )
         self.executor.reply(source, task, results, loans, ended - started, retryable)
 
     async def call_async(self, source: int, task: PushTask) -> tuple[list[Result], list[Entry]]:

@@ -14,7 +14,7 @@ from hpc_ray._core import Segment
 from hpc_ray.client import context
 from hpc_ray.client.client import Client
 from hpc_ray.config import RUNTIME_ENV_VARIABLE, NodeConfig
-from hpc_ray.protocol import ProcessKind, Shutdown
+from hpc_ray.protocol import LogLines, ProcessKind, Shutdown
 from hpc_ray.slurm import signals
 from hpc_ray.worker.environment import Environment, without_ranks
 from hpc_ray.worker.executor import Executor
@@ -58,6 +58,7 @@ def _live(segment: Segment, config: NodeConfig, token: int, entered: bool) -> in
     executor = Executor(client)
     signal.signal(signal.SIGINT, client.interrupts.on_signal)  # cancel uses it
     client.on_shutdown = lambda message: _on_shutdown(executor, message)
+    client.on_log = _warn
     client.connect(config.settings.start_timeout_s)
     executor.run()
     executor.leave()
@@ -97,6 +98,11 @@ def _on_shutdown(executor: Executor, message: Shutdown) -> None:
     arrival = executor.arrival
     if arrival is not None:
         arrival.finish()
+
+
+def _warn(message: LogLines) -> None:
+    """What the runtime has to say about the calls of this process: it goes where its output goes, to the driver."""
+    print(*message.lines, sep="\n", file=sys.stderr, flush=True)
 
 
 def _flush() -> None:

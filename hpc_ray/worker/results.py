@@ -210,7 +210,7 @@ class Results:
         title, identity, shown = f"hpc_ray::{name}", None, None
         who = f"pid={client.pid}, ip={ip}"
         if actor is not None:
-            title, identity = f"hpc_ray::{actor.spec.class_name}.{name}", actor.spec.actor_id.hex()
+            title, identity = f"hpc_ray::{actor.spec.short_name}.{name}", actor.spec.actor_id.hex()
             if actor.instance is not None:
                 shown = _shown(actor.instance)
                 who += f", actor_id={identity}, repr={shown}"

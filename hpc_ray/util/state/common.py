@@ -222,3 +222,15 @@ class RuntimeEnvState(Row):
     node_id: str | None = None
     ref_cnt: int | None = _detail()
     error: str | None = _detail(filterable=True)
+
+
+@dataclass
+class ClusterEventState(Row):
+    """Something that has happened to the cluster."""
+
+    severity: str  # INFO, ERROR
+    time: str = _unfilterable()  # of the day, in words
+    source_type: str | None = None  # GCS
+    message: str | None = _unfilterable()
+    event_id: str | None = None
+    custom_fields: dict | None = _detail()

@@ -14,6 +14,7 @@ from hpc_ray.observation import ENDED, Activity, Asking, Attempt
 from hpc_ray.protocol import UNIT, ObjectRow
 from hpc_ray.util.state.common import (
     ActorState,
+    ClusterEventState,
     DriverInfo,
     JobState,
     NodeState,
@@ -143,6 +144,30 @@ def _jobs(asking: Asking) -> list[JobState]:
             runtime_env=row["config"].get("runtime_env", {}),
         )
         for row in asking.gcs("list_jobs")
+    ]
+
+
+def _events(asking: Asking) -> list[ClusterEventState]:
+    """Made from what is known of nodes and jobs: when they came, when and why they went."""
+    found: list[tuple[float, str, str, str, dict[str, Any]]] = []
+    for row in asking.nodes:
+        node_id = bytes(row["node_id"]).hex()
+        named = f"node {node_id} ({row['hostname']}, {row['ip']})"
+        found.append((row["start_time"], "INFO", f"{node_id}:1", f"The {named} has joined.", {"node_id": node_id}))
+        if not row["alive"]:
+            text = f"The {named} is gone: {row['death']}"
+            found.append((row["end_time"], "ERROR", f"{node_id}:2", text, {"node_id": node_id}))
+    for row in asking.gcs("list_jobs"):
+        job_id = bytes(row["job_id"]).hex()
+        text = f"The job {job_id} has started: {row['entrypoint']}"
+        found.append((row["start_time"], "INFO", f"{job_id}:1", text, {"job_id": job_id}))
+        if row["end_time"]:
+            severity = "ERROR" if row["state"] == "FAILED" else "INFO"
+            text = f"The job {job_id} is over: {row['reason'] or row['state']}"
+            found.append((row["end_time"], severity, f"{job_id}:2", text, {"job_id": job_id}))
+    return [
+        ClusterEventState(severity, time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(moment)), "GCS", text, event_id, fields)
+        for moment, severity, event_id, text, fields in sorted(found, key=lambda event: event[0])
     ]
 
 
@@ -287,6 +312,7 @@ SOURCES: dict[str, tuple[type[Row], Callable[[Asking], list[Any]]]] = {
     "tasks": (TaskState, _tasks),
     "objects": (ObjectState, _objects),
     "runtime_envs": (RuntimeEnvState, _runtime_envs),
+    "cluster_events": (ClusterEventState, _events),
 }
 
 
