@@ -9,6 +9,7 @@ the ranks before there are too many. An actor has one duplicate for all its life
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import json
 import os
 import signal
@@ -193,13 +194,21 @@ def _initialised(size: int) -> Any:
     return MPI
 
 
-def _leave_now() -> None:
+def _flush() -> None:
     for stream in (sys.stdout, sys.stderr):
         with contextlib.suppress(OSError, ValueError):
             stream.flush()
+
+
+def _leave_now() -> None:
+    _flush()
     os._exit(0)
 
 
 if __name__ == "__main__":
     code = main()
-    _leave_now() if code == 0 else os._exit(code)
+    _flush()
+    if code:
+        os._exit(code)
+    # The C library's exit: MPICH says goodbye to hydra in a handler of it, and hydra kills all ranks when one goes without.
+    ctypes.CDLL(None).exit(0)

@@ -5,13 +5,17 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
 pytest.importorskip("mpi4py", reason="mpi4py is not installed")
 
-from hpc_ray.exceptions import LaunchError
+import hpc_ray as ray
+from hpc_ray.cluster_utils import Cluster
+from hpc_ray.exceptions import ActorDiedError, GangError, LaunchError
 from hpc_ray.launcher import world
+from hpc_ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 try:
     MPIRUN = world.find_mpirun()
@@ -65,3 +69,69 @@ def test_gangs_on_the_nodes_of_a_launched_world(tmp_path):
     environment = world.under_root(dict(os.environ))
     done = subprocess.run(line, capture_output=True, text=True, timeout=100, check=False, env=environment)
     assert (done.returncode, done.stdout) == (0, "True\nTrue\n"), done.stderr
+
+
+@pytest.mark.usefixtures("no_leaks")
+def test_a_node_that_dies_takes_its_gangs_along(gate):
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1}, connect=True)
+    try:
+        other = cluster.add_node(num_cpus=1)
+        head = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+
+        @ray.remote(num_cpus=0, scheduling_strategy=head)
+        def calls():
+            @ray.remote(mpi_ranks=2, max_retries=0)
+            def waits():
+                gate.arrive("rank")
+                ray.mpi_comm().recv()
+
+            ray.get(waits.remote())
+
+        @ray.remote(mpi_ranks=2, max_restarts=-1)
+        class Waits:
+            def wait(self):
+                gate.arrive("actor")
+                ray.mpi_comm().recv()
+
+        reference = calls.remote()
+        gate.await_arrivals(2, "rank")
+        cluster.remove_node(other, allow_graceful=False)
+        with pytest.raises(GangError, match="rank"):
+            ray.get(reference)
+        other = cluster.add_node(num_cpus=1)
+        actor = Waits.options(max_restarts=0).remote()
+        reference = actor.wait.remote()
+        gate.await_arrivals(2, "actor")
+        cluster.remove_node(other, allow_graceful=False)
+        with pytest.raises(ActorDiedError, match=r"rank 1 of 2|its node died"):
+            ray.get(reference)
+    finally:
+        ray.shutdown()
+        cluster.shutdown()
+
+
+EXAMPLE = Path(__file__).parents[2] / "examples" / "parallel_solver.py"
+SPREAD = f"""
+import runpy
+import hpc_ray as ray
+ray.init(num_nodes=2, num_cpus=1)
+module = runpy.run_path({str(EXAMPLE)!r})
+module["main"].__globals__["solve"] = module["solve"].options(num_cpus=0.5)
+module["main"]()
+"""
+
+
+@pytest.mark.usefixtures("no_leaks")
+@pytest.mark.parametrize("how", ["one node", "two nodes", "mpirun"])
+def test_the_example(how, tmp_path):
+    command = [sys.executable, "-P", str(EXAMPLE)]
+    if how == "two nodes":
+        command = [sys.executable, "-P", "-c", SPREAD]
+    if how == "mpirun":
+        run = [sys.executable, "-P", "-m", "hpc_ray.launcher.cli", "run", "--nodes", "2", str(EXAMPLE)]
+        command = world.mpirun_command(MPIRUN, 4, run, passed=())
+    environment = world.under_root(dict(os.environ))
+    done = subprocess.run(command, capture_output=True, text=True, timeout=100, check=False, env=environment, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("the same as in one piece: True") == 2
+    assert done.stdout.count("on 4 ranks") == 2

@@ -15,7 +15,15 @@ pytest.importorskip("mpi4py", reason="mpi4py is not installed")
 import numpy as np
 
 import hpc_ray as ray
-from hpc_ray.exceptions import ConfigurationError, GangError, LaunchError, MPIError, RayTaskError, TaskCancelledError
+from hpc_ray.exceptions import (
+    ActorDiedError,
+    ConfigurationError,
+    GangError,
+    LaunchError,
+    MPIError,
+    RayTaskError,
+    TaskCancelledError,
+)
 from hpc_ray.launcher import world
 
 try:
@@ -337,6 +345,231 @@ def test_a_gang_that_cannot_start_says_why(session):
         ray.get(pids.options(runtime_env={"env_vars": {"MPI4PY_LIBMPI": "/not/there.so"}}).remote())
 
 
+# ------------------------------------------------------------------ actors
+
+
+@ray.remote(mpi_ranks=3)
+class Solver:
+    """Holds a part of a vector on each rank."""
+
+    def __init__(self, vector, fails=-1):
+        self.comm = ray.mpi_comm()
+        if self.comm.rank == fails:
+            raise KeyError("of the constructor")
+        self.part = np.array_split(vector, self.comm.size)[self.comm.rank]
+        self.calls = []
+
+    def norm(self):
+        return float(self.comm.allreduce((self.part**2).sum()))
+
+    def scale(self, factor=1):
+        self.part = self.part * factor
+        self.calls.append(factor)
+        return self.calls
+
+    def part_of_it(self):
+        return self.part
+
+    def same(self):
+        return self.comm is ray.mpi_comm(), ray.get_runtime_context().get_mpi_rank(), ray.get_runtime_context().get_actor_id()
+
+    def raise_on(self, rank, *, after=None):
+        if self.comm.rank == rank:
+            raise KeyError("of rank 1")
+        if after is not None:
+            after.arrive("waits")
+            self.comm.barrier()
+        return "fine"
+
+    def end_on(self, rank, number):
+        if self.comm.rank == rank:
+            os.kill(os.getpid(), number)
+        self.comm.barrier()
+
+    def pid(self):
+        return os.getpid()
+
+    def leave(self):
+        ray.actor.exit_actor()
+
+
+def test_an_actor_has_an_instance_on_each_rank(session):
+    vector = np.ones(300_000)
+    solver = Solver.remote(ray.put(vector))
+    assert ray.get(solver.norm.remote()) == [300_000.0] * 3
+    solver.scale.remote(ray.put(2))
+    assert ray.get(solver.norm.remote()) == [1_200_000.0] * 3
+    parts = solver.part_of_it.options(num_returns="per_rank").remote()
+    assert [len(ray.get(part)) for part in parts] == [100_000] * 3
+    assert len(solver.part_of_it.options(num_returns=3).remote()) == 3
+    assert ray.get(solver.same.remote()) == [(True, rank, solver._actor_id.hex()) for rank in range(3)]
+
+
+def test_calls_of_an_actor_run_in_order_on_all_ranks(session):
+    solver = Solver.remote(np.ones(3))
+    calls = [solver.scale.remote(number) for number in range(20)]
+
+    @ray.remote
+    def calls_too(handle):
+        return ray.get(handle.scale.remote(factor=-1))
+
+    assert ray.get(calls)[-1] == [list(range(20))] * 3
+    assert ray.get(calls_too.remote(solver)) == [[*range(20), -1]] * 3
+
+
+def test_one_rank(session):
+    solver = Solver.options(mpi_ranks=1).remote(np.ones(3))
+    assert ray.get(solver.norm.remote()) == [3.0]
+    (only,) = solver.norm.options(num_returns="per_rank").remote()
+    assert ray.get(only) == 3.0
+
+
+def test_a_named_actor_and_its_end(session, eventually):
+    solver = Solver.options(name="of the gang").remote(np.ones(3))
+    other = ray.get_actor("of the gang")
+    pids = ray.get(other.pid.remote())
+    del solver, other
+    for pid in pids:
+        eventually(lambda pid=pid: gone(pid), "a rank ends with its actor")
+    solver = Solver.remote(np.ones(3))
+    pids = ray.get(solver.pid.remote())
+    ray.kill(solver)
+    with pytest.raises(ActorDiedError, match=r"ray\.kill"):
+        ray.get(solver.norm.remote())
+    for pid in pids:
+        eventually(lambda pid=pid: gone(pid), "a rank ends with its actor")
+    solver = Solver.remote(np.ones(3))
+    solver.leave.remote()
+    with pytest.raises(ActorDiedError, match="exit_actor"):
+        ray.get(solver.norm.remote())
+
+
+def test_an_actor_outlives_an_error_from_which_all_ranks_come_back(session):
+    solver = Solver.remote(np.ones(3))
+    with pytest.raises(KeyError, match="of rank 1") as caught:
+        ray.get(solver.raise_on.remote(1))
+    assert "Solver.raise_on[rank 1 of 3]" in str(caught.value)
+    assert ray.get(solver.norm.remote()) == [3.0] * 3
+
+
+def test_an_actor_whose_ranks_do_not_come_back_has_crashed(session, gate):
+    solver = Solver.remote(np.ones(3))
+    with pytest.raises(ActorDiedError) as caught:
+        ray.get(solver.raise_on.remote(1, after=gate))
+    assert "Solver.raise_on[rank 1 of 3]" in str(caught.value)
+    assert 'raise KeyError("of rank 1")' in str(caught.value)
+    assert "did not come back from raise_on()" in str(caught.value)
+    assert gate.arrived("waits") == 2
+    with pytest.raises(ActorDiedError, match="of rank 1"):
+        ray.get(solver.norm.remote())
+
+
+def test_a_rank_that_dies_is_the_death_of_its_actor(session, eventually):
+    solver = Solver.remote(np.ones(3))
+    pids = ray.get(solver.pid.remote())
+    with pytest.raises(ActorDiedError, match=r"rank \d of 3 of Solver(\.end_on)?\(\)") as caught:
+        ray.get(solver.end_on.remote(1, signal.SIGKILL))
+    if OPEN_MPI:
+        assert "rank 1 of 3" in str(caught.value) and str(pids[1]) in str(caught.value)
+    for pid in pids:
+        eventually(lambda pid=pid: gone(pid), "a rank ends with its actor")
+
+
+def test_a_rank_that_dies_between_calls(session):
+    solver = Solver.remote(np.ones(3))
+    os.kill(ray.get(solver.pid.remote())[2], signal.SIGKILL)
+    with pytest.raises(ActorDiedError, match=r"rank \d of 3 of Solver"):
+        while True:  # calls that reach it before the news does
+            ray.get(solver.norm.remote())
+
+
+def test_an_actor_is_restarted(session, gate):
+    @ray.remote(mpi_ranks=2, max_restarts=1, max_task_retries=1)
+    class Counter:
+        def __init__(self):
+            gate.arrive("made")
+            self.calls = 0
+
+        def count(self):
+            self.calls += 1
+            return self.calls
+
+        def die_once(self):
+            rank = ray.mpi_comm().rank
+            if rank == 1:
+                gate.arrive("attempt")
+                if gate.arrived("attempt") == 1:
+                    os.kill(os.getpid(), signal.SIGKILL)
+            return ray.mpi_comm().allgather(self.calls)
+
+    counter = Counter.remote()
+    assert ray.get(counter.count.remote()) == [1, 1]
+    assert ray.get(counter.die_once.remote()) == [[0, 0]] * 2  # again, by the new ranks
+    assert gate.arrived("made") == 4
+    assert ray.get(counter.count.remote()) == [1, 1]
+
+
+def test_a_constructor_that_fails_on_a_rank(session):
+    solver = Solver.remote(np.ones(3), fails=2)
+    with pytest.raises(ActorDiedError, match=r"__init__\[rank 2 of 3\]") as caught:
+        ray.get(solver.norm.remote())
+    assert "of the constructor" in str(caught.value)
+    broken = Solver.options(runtime_env={"env_vars": {"MPI4PY_LIBMPI": "/not/there.so"}}).remote(np.ones(3))
+    with pytest.raises(ActorDiedError, match="MPI cannot be used from Python"):
+        ray.get(broken.norm.remote())
+
+
+def test_cancelled_calls_of_an_actor(session, gate):
+    @ray.remote(mpi_ranks=2)
+    class Patient:
+        def wait(self):
+            gate.arrive("patient")
+            while not ray.get_runtime_context().is_canceled():
+                gate.arrived("patient")
+            gate.arrive("heard")
+
+        def fine(self):
+            return True
+
+    patient = Patient.remote()
+    reference = patient.wait.remote()
+    gate.await_arrivals(2, "patient")
+    ray.cancel(reference)
+    with pytest.raises(TaskCancelledError):
+        ray.get(reference)
+    assert ray.get(patient.fine.remote()) == [True, True]
+    assert gate.arrived("heard") == 2
+
+
+def test_what_an_actor_cannot_be(session):
+    class Streams:
+        def items(self):
+            yield 1
+
+    class Waits:
+        async def wait(self):
+            pass
+
+    class Plain:
+        def f(self):
+            pass
+
+    with pytest.raises(ValueError, match="items yields"):
+        ray.remote(mpi_ranks=2)(Streams).remote()
+    with pytest.raises(ValueError, match="wait is asynchronous"):
+        ray.remote(mpi_ranks=2)(Waits).remote()
+    with pytest.raises(ValueError, match="max_concurrency is not for gangs"):
+        ray.remote(mpi_ranks=2, max_concurrency=2)(Plain)
+    with pytest.raises(ValueError, match="room for 6"):
+        ray.remote(mpi_ranks=7)(Plain).remote()
+    plain = ray.remote(Plain).remote()
+    with pytest.raises(ValueError, match="give mpi_ranks as well"):
+        plain.f.options(num_returns="per_rank")
+    gang = ray.remote(mpi_ranks=2)(Plain).remote()
+    with pytest.raises(ValueError, match="num_returns of a gang"):
+        gang.f.options(num_returns=3)
+
+
 # ------------------------------------------------------------------ programs
 
 
@@ -377,6 +610,3 @@ def test_a_cancelled_program_ends(session, tmp_path, eventually, force):
     with pytest.raises(TaskCancelledError):
         ray.get(reference)
     eventually(lambda: gone(pid), "the program ends with its task")
-
-
-# ------------------------------------------------------------------ sessions
