@@ -167,7 +167,8 @@ def check_table(found: dict[str, Any]) -> Table:
         for rows in found.values():
             one = rows.get(row)
             cells.append(f"{amount(one['measured'], unit)} → {amount(one['predicted'], unit)}  {one['error']:+.0%}" if one else "")
-        table.add_row(title.replace("1 GiB", "64 MiB").replace("1 % of the nodes die: their actors live", "a node dies: its actor lives"), *cells)
+        title = title.replace("1 GiB", "64 MiB").replace("1 % of the nodes die: their actors live", "a node dies: its actor lives")
+        table.add_row(title, *cells)
     return table
 
 

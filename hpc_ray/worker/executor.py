@@ -12,6 +12,7 @@ EXEC-3 (nobody waits behind a wait): a plain worker whose task blocks gives back
 from __future__ import annotations
 
 import asyncio
+import inspect
 import os
 import signal
 import sys
@@ -81,7 +82,7 @@ class Executor:
         self.graphs = Graphs(self)
         self.gangs = Gangs(self)
         self.leaving: str | None = None
-        self.names: dict[tuple[bytes, str, bytes], tuple[str, str]] = {}  # what tasks are called
+        self.names: dict[tuple[bytes, str, bytes], tuple[str, str, str]] = {}  # what tasks are called
         self.status = 0  # exit code of the process
         self.keep_history = True  # others may still ask what ran here
         self.calls: dict[bytes, int] = {}  # function id → runs, for max_calls

@@ -77,9 +77,8 @@ class ActorHost:
         self.executor.use_shape(spec.shape)
         self.executor.use_instances(message.instances)
         set_task_name(spec.short_name)
-        current = context.TaskContext(
-            spec.creation_task_id, *[f"{spec.short_name}.__init__"] * 3, message.attempt, spec.shape
-        )
+        name = f"{spec.short_name}.__init__"
+        current = context.TaskContext(spec.creation_task_id, name, name, name, message.attempt, spec.shape)
         token = context.task.set(current)
         loans: list[Entry] = []
         started, called, failed = now_ns(), 0, True
