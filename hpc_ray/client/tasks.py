@@ -5,8 +5,9 @@ queue of its *scheduler* (one per shape of resources) for a worker. The schedule
 tasks straight to them, several ahead when the tasks are short.
 
 TASK-1 (one reply counts): the reply with the current attempt number ends the task; any other is ignored.
-TASK-2 (no task waits behind a long one): tasks are sent ahead only for about ``pipeline_s`` of work; a worker that blocks gives back
-what it has not started, and when it stays busy the owner takes it back as soon as another worker is free.
+TASK-2 (no task waits behind a long one): tasks are sent ahead only for about ``pipeline_s`` of work, or one, where all workers that can
+be had are busy and it would wait anyway; a worker that blocks gives back what it has not started, and when it stays busy the owner
+takes it back as soon as another worker is free.
 TASK-3 (holds): a task holds its dependencies and what its arguments contain until its reply.
 """
 
@@ -60,6 +61,9 @@ if TYPE_CHECKING:
 
 UNKNOWN_COST_NS = 1 << 60  # of a function that has not run yet: nothing is sent ahead
 CALL_NS = 4_000  # what a task costs a worker besides the user's code
+
+NEXT_NS = 100_000_000  # a function that runs longer than this does not notice that its worker had to wait for it
+SATURATED_S = 0.01  # no worker was granted for so long though one was wanted: there is none
 
 FAIR_SHARE_S = 0.1  # while others wait, a worker is given back after this long
 
@@ -491,9 +495,11 @@ class Scheduler:
         self.leases: dict[tuple[int, int], Lease] = {}
         self.idle: dict[Lease, None] = {}
         self.open: dict[Lease, None] = {}  # busy, with room for more
+        self.single: dict[Lease, None] = {}  # busy with one task that takes a while
         self.requests: dict[int, list[int]] = {}  # request id → [raylet's node, count still wanted]
         self.ahead_ns = int(self.client.settings.pipeline_s * 1e9)
         self.contended_until = 0.0
+        self.asked_at = 0.0  # or granted: since then the requests wait
 
     # -------------------------------------------------------------- tasks out
 
@@ -516,7 +522,13 @@ class Scheduler:
             for lease in self.open:
                 if lease.load_ns <= room:
                     return lease
+        elif self.single and task.template.function.cost_ns < NEXT_NS and self.is_saturated():
+            return next(iter(self.single))  # or it waits for this process to be woken, on a machine that is busy
         return None
+
+    def is_saturated(self) -> bool:
+        now = self.client.now()
+        return bool(self.requests) and now - self.asked_at >= SATURATED_S and now >= self.contended_until
 
     def pump(self) -> None:
         queue = self.queue
@@ -571,6 +583,7 @@ class Scheduler:
         if not lease.inflight:
             lease.load_ns = 0
             self.open.pop(lease, None)
+            self.single.pop(lease, None)
             now = lease.idle_since = self.client.now()
             if now < self.contended_until and (not self.queue or now - lease.since >= FAIR_SHARE_S):
                 self.give_back(lease)  # and ask again, behind the others
@@ -578,10 +591,15 @@ class Scheduler:
                 self.idle[lease] = None
         elif lease.load_ns < self.ahead_ns and len(lease.inflight) < self.client.settings.pipeline_tasks:
             now = self.client.now()
+            self.single.pop(lease, None)
             if now >= self.contended_until or now - lease.since < FAIR_SHARE_S:
                 self.open[lease] = None
+        elif len(lease.inflight) == 1:
+            self.open.pop(lease, None)
+            self.single[lease] = None
         else:
             self.open.pop(lease, None)
+            self.single.pop(lease, None)
 
     # -------------------------------------------------------------- leases
 
@@ -600,6 +618,7 @@ class Scheduler:
     def ask(self, node: int, count: int, redirected: bool) -> None:
         request_id = self.client.next_request()
         self.requests[request_id] = [node, count]
+        self.asked_at = self.client.now()
         self.submitter.by_request[request_id] = self
         self.client.send(raylet_address(node), RequestLease(request_id, self.shape, count, redirected))
 
@@ -622,7 +641,8 @@ class Scheduler:
 
     def on_granted(self, source: int, message: LeaseGranted) -> None:
         self.one_answered(message.request_id)
-        lease = Lease(self, source, message, self.client.now())
+        self.asked_at = self.client.now()
+        lease = Lease(self, source, message, self.asked_at)
         key = (node_of(source), lease.id)
         self.leases[key] = lease
         self.submitter.leases[key] = lease
@@ -643,6 +663,7 @@ class Scheduler:
         self.submitter.leases.pop(key, None)
         self.idle.pop(lease, None)
         self.open.pop(lease, None)
+        self.single.pop(lease, None)
 
     def steal(self) -> None:
         """A worker is free and nothing is queued: take back what waits behind a task that runs long (TASK-2)."""
