@@ -21,6 +21,7 @@ namespace hpc {
 namespace {
 
 constexpr i64 kSpinLimit = 50'000;              // ns; about three times what a parked round trip costs
+constexpr u32 kSpinAgain = 32;                  // waits that park before one spins to see whether that pays again
 constexpr u32 kFrameUnstored = 1u << 31;           // in a backlog only: a large payload that still lies in private memory
 constexpr i64 kTick = 1'000'000;                // the background's look while it does not park
 constexpr i64 kBackgroundPatience = 50'000'000; // without traffic it parks after this
@@ -520,30 +521,26 @@ Wait Lane::wait_foreground(i64 deadline_ns, bool spin) {
         if (fg_wake_.load() && fg_wake_.exchange(false)) return result = Wait::kWoken, true;
         return false;
     };
-    auto learn = [&] {
-        i64 waited = monotonic_ns() - start;
-        if (waited <= kSpinLimit)
-            spin_ns_ = std::min(spin_limit_, std::max(spin_ns_, 2 * waited + 5'000));
-        else
-            spin_ns_ -= spin_ns_ / 4 + 1;
-        if (spin_ns_ < 0) spin_ns_ = 0;
-    };
     Wait result;
     if (look(result)) return result;
-    if (spin && spin_ns_ > 500) {
-        const i64 end = std::min(start + spin_ns_, deadline_ns);
+    i64 limit = spin_ns_;
+    if (limit == 0 && ++unspun_ >= kSpinAgain) limit = spin_limit_;
+    if (spin && limit != 0) {
+        unspun_ = 0;
+        const i64 end = std::min(start + limit, deadline_ns);
         for (u32 round = 1;; round++) {
             for (int i = 0; i < 32; i++) {
                 pause_cpu();
                 if (look(result)) {
                     spins_.fetch_add(1, std::memory_order_relaxed);
-                    learn();
+                    spin_ns_ = std::min(spin_limit_, std::max(spin_ns_, 2 * (monotonic_ns() - start) + 5'000));
                     return result;
                 }
             }
             if (monotonic_ns() >= end) break;
             if (round % 4 == 0) sched_yield();  // on one core the sender needs it
         }
+        if (end != deadline_ns) spin_ns_ = spin_ns_ > 4'000 ? spin_ns_ / 2 : 0;
     }
     for (;;) {
         const u32 seen = entry_.fg_word.load();
@@ -566,7 +563,6 @@ Wait Lane::wait_foreground(i64 deadline_ns, bool spin) {
         } else {
             entry_.waiter.fetch_and(~u32(kForegroundParked));
         }
-        learn();
         return result;
     }
 }

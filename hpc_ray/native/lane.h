@@ -168,7 +168,10 @@ class Lane {
     atomic<bool> fg_wake_{false};
     atomic<bool> bg_wake_{false};
     const i64 spin_limit_;
+    // How long to spin before parking: longer than what lately was worth it, and not at all where the awaited process needs
+    // this core (others have the rest): there a spin that ends in parking has only kept it waiting.
     i64 spin_ns_;
+    u32 unspun_ = 0;  // waits since the last spin
     i64 background_active_ns_ = 0;
 
     u64 sent_ = 0, received_ = 0, backlogged_ = 0, dropped_ = 0, lost_ = 0;
