@@ -29,7 +29,7 @@ from hpc_ray.protocol import ReportResources, decode, encode
 from hpc_ray.simulator import Costs, Prices, units_of
 
 HERE = Path(__file__).parent
-SIZES = (2, 16, 100, 1000)
+SIZES = (2, 16, 100, 1000, 10_000)
 
 
 def per_call(what: Any, count: int, rounds: int = 9) -> float:
@@ -137,7 +137,9 @@ def states(sizes: tuple[int, ...], note: Any = lambda text: None) -> dict[str, d
         costs = Costs(jitter=0.0, boot_s=0.1, detect_s=0.01)
         cluster = scenes.Cluster(nodes, costs, GUESS, stopwatch=watch)
         begin = time.perf_counter()
-        scenes.play(cluster, list(scenes.SCENES), {"local": {"each": 50}, "spread": {"tasks": 500}})
+        some = scenes.SCENES if nodes <= 1000 else ("spread", "actors", "recovery")
+        few = {"local": {"each": 50}, "spread": {"tasks": 500}, "actors": {"count": min(3 * nodes, nodes + 200)}}
+        scenes.play(cluster, list(some), few)
         note(f"states of {nodes} nodes: {time.perf_counter() - begin:.0f} s")
         for role, kinds in watch.found.items():
             whole = [sum(entry[i] for entry in kinds.values()) for i in (0, 1)]
@@ -193,7 +195,7 @@ def derived(found: dict[str, Any], events: Any) -> tuple[dict[str, float], dict[
         "jitter": 0.0,
         "network_s": 1e-6,  # one host's memory
         "bytes_per_s": 1e11,  # the same: what it takes is the link's work
-        "launch_s": max(0.0, measured["start_s"][2] - 2 * boot_s / min(2, cores)),
+        "launch_s": statistics.median(max(0.0, s - n * boot_s / cores) for n, s in measured["start_s"].items() if n > 1),
         "boot_s": boot_s,
         "fork_s": actor["fork_server"],
         "worker_start_s": 0.9 * actor["worker"],
@@ -242,7 +244,7 @@ def main() -> None:
     found["session"] = {
         "task": {kind: middle("spread", kind) for kind in ("driver", "worker", "raylet", "gcs")},
         "actor": {kind: middle("actors", kind) for kind in ("driver", "worker", "fork_server", "raylet", "gcs")},
-        "start_s": {1: statistics.median(rows["start"]["value"] for rows in one), **{n: r["start"]["value"] for n, r in starts.items()}},
+        "start_s": {1: statistics.median(rows["start"]["value"] for rows in one), **{n: r["start"]["value"] * r["start"]["free"] for n, r in starts.items()}},
         "start_cpu_s": {1: sum(middle("start", kind) for kind in one[0]["start"]["cpu"]), **cpu},
         "object": object_cpu,
     }

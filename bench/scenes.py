@@ -9,6 +9,7 @@ import functools
 import json
 import os
 import time
+from collections import defaultdict
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -91,6 +92,13 @@ class Cluster:
         gcs = self.simulator.gcs
         seconds = max(1e-9, self.simulator.now - load[2])
         return {"gcs_messages_per_s": (gcs.events - load[0]) / seconds, "gcs_core": (gcs.busy_s - load[1]) / seconds}
+
+    def busy_s(self) -> dict[str, float]:
+        """Processor time by kind of process, of those that live."""
+        found: dict[str, float] = defaultdict(float)
+        for process in self.simulator.processes.values():
+            found[type(process).__name__.lower()] += process.busy_s * self.simulator.speed
+        return found
 
     # -- the scenes
 
@@ -230,7 +238,9 @@ def play(cluster: Cluster, scenes: list[str], arguments: dict[str, dict[str, Any
     rows = {}
     for scene in ["start", *(name for name in SCENES[1:] if name in scenes)]:
         begin = time.perf_counter()
+        before = cluster.busy_s()
         rows[scene] = getattr(cluster, scene)(**(arguments or {}).get(scene, {}))
+        rows[scene]["cpu_s"] = {kind: spent - before.get(kind, 0.0) for kind, spent in cluster.busy_s().items()}
         rows[scene]["took_s"] = time.perf_counter() - begin
         if scene == "start":
             cluster.settle()

@@ -1022,7 +1022,8 @@ class Simulator:
         self.shared = shared
         self.aware = aware
         self.stopwatch = stopwatch
-        self._cores, self._speed = cores, speed
+        self.speed = speed
+        self._cores = cores
         self._hosts: dict[int, Host] = {}
         self._sized: tuple[Any, int] = (None, 0)
         self._busy_lines: dict[tuple[int, bool], float] = {}
@@ -1116,7 +1117,7 @@ class Simulator:
     def host_of(self, node: int) -> Host:
         number = 0 if self.shared else node
         if number not in self._hosts:
-            self._hosts[number] = Host(self, self._cores, self._speed)
+            self._hosts[number] = Host(self, self._cores, self.speed)
         return self._hosts[number]
 
     def hand_over(self, source: int, destination: int, message: Any) -> None:
@@ -1199,7 +1200,7 @@ class Simulator:
         if self.prices is None:
             raylet.start()
         else:
-            self.after(launch_s, lambda: raylet.do_later(boot_s, raylet.start))
+            self.after(launch_s / self.speed, lambda: raylet.do_later(boot_s, raylet.start))
         return raylet
 
     def add_worker(self, node: int, token: int) -> Worker:

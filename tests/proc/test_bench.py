@@ -13,12 +13,12 @@ import pytest
 ROOT = Path(__file__).parents[2]
 
 
-def bench(tmp_path, *arguments):
+def bench(tmp_path, *arguments, runner="core"):
     if importlib.util.find_spec("rich") is None:
         pytest.skip("rich is not installed")
     # The runner imports no engine, so it may stand beside the bare sources.
     return subprocess.run(
-        [sys.executable, "-m", "bench.core", "--out", str(tmp_path / "found"), "--python", f"hpc_ray={sys.executable}", *arguments],
+        [sys.executable, "-m", f"bench.{runner}", "--out", str(tmp_path / "found"), "--python", f"hpc_ray={sys.executable}", *arguments],
         cwd=ROOT,
         capture_output=True,
         text=True,
@@ -49,3 +49,20 @@ def test_no_row_of_this_name(tmp_path):
     found = bench(tmp_path, "--against", "--rows", "no such row", "--rounds", "1", "--no-nodes")
     assert found.returncode == 1
     assert "nothing was measured" in found.stdout
+
+
+def test_scale_predicts_and_checks(tmp_path):
+    """With costs that are given: what is slow is to measure them."""
+    if importlib.util.find_spec("matplotlib") is None:
+        pytest.skip("matplotlib is not installed")
+    prices = {"wake_s": 1e-5, "submit_s": 1e-5, "task_s": 1e-5, "events": {"gcs": {"other": [[1, 5e-6]]}}}
+    costs = {"date": "today", "machine": {}, "costs": {"jitter": 0.0, "boot_s": 0.1}, "prices": prices}
+    (tmp_path / "costs.json").write_text(json.dumps(costs))
+    files = ("--costs", str(tmp_path / "costs.json"))
+    found = bench(tmp_path, *files, "--check", "2", "--rounds", "1", "--nodes", "4", "40", runner="scale")
+    assert found.returncode == 0, found.stdout + found.stderr
+    report = json.loads((tmp_path / "found.json").read_text())
+    assert report["predicted"]["40"]["local"]["value"] > 5 * report["predicted"]["4"]["local"]["value"]
+    assert set(report["checked"]["2"]) == {"start", "local", "spread", "actors", "broadcast", "recovery"}
+    assert "nodes die" in (tmp_path / "found.txt").read_text()
+    assert (tmp_path / "found.png").stat().st_size > 10_000
