@@ -91,14 +91,14 @@ class Here:
         path.write_text(json.dumps(found, indent=1) + "\n")
         return found
 
-    def check(self, costs: Path, sizes: list[int], rounds: int) -> dict[str, Any]:
+    def check(self, costs: Path, sizes: list[int], rounds: int, seconds: float) -> dict[str, Any]:
         """Real runs and predictions for what the machine had left for them, in turn."""
         found: dict[str, Any] = {}
         for nodes in sizes:
             runs = []
             for _ in range(rounds):
                 try:
-                    runs.append(self.run("virtual.py", "--nodes", str(nodes), limit_s=120)["rows"])
+                    runs.append(self.run("virtual.py", "--nodes", str(nodes), "--seconds", str(seconds), limit_s=120)["rows"])
                 except RuntimeError as error:
                     self.say(str(error))
             rows: dict[str, Any] = {}
@@ -213,6 +213,7 @@ def main() -> int:
     parser.add_argument("--costs", type=Path, help="costs to use; default: the latest in results/")
     parser.add_argument("--check", nargs="*", type=int, default=[2, 4, 8, 16], metavar="N", help="virtual nodes; nothing: none")
     parser.add_argument("--rounds", type=int, default=3, help="of each real run")
+    parser.add_argument("--seconds", type=float, default=1.5, help="for each rate of a real run")
     parser.add_argument("--nodes", nargs="*", type=int, default=[10, 100, 1000, 10_000], metavar="N", help="to predict")
     parser.add_argument("--cores", type=int, default=machine()["cores"], help="of each host that is predicted")
     parser.add_argument("--python", action="append", default=[], metavar="hpc_ray=PATH", help="an interpreter that has hpc_ray")
@@ -229,7 +230,7 @@ def main() -> int:
         console.print("measuring what things cost here")
         here.measure(costs)
     about = json.loads(costs.read_text())
-    checked = here.check(costs, arguments.check, arguments.rounds)
+    checked = here.check(costs, arguments.check, arguments.rounds, arguments.seconds)
     predicted = here.predict(costs, arguments.nodes, arguments.cores)
     report = {
         "date": today(),

@@ -228,10 +228,11 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=1.5)
     parser.add_argument("--tasks", type=int, default=4000)
     parser.add_argument("--actors", type=int, default=32)
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=0, help="of what is no rate; default: two for each second")
     parser.add_argument("--size", type=int, default=64 << 20)
     parser.add_argument("--only", default="local,spread,actors,broadcast,recovery", help="rows besides the start")
     arguments = parser.parse_args()
+    arguments.rounds = arguments.rounds or max(1, round(2 * arguments.seconds))
     rows: dict = {}
     options = {"num_cpus": 1, "include_dashboard": False, "log_to_driver": False, "object_store_memory": 6 * arguments.size}
     with Phase() as phase:

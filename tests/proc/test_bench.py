@@ -59,7 +59,7 @@ def test_scale_predicts_and_checks(tmp_path):
     costs = {"date": "today", "machine": {}, "costs": {"jitter": 0.0, "boot_s": 0.1}, "prices": prices}
     (tmp_path / "costs.json").write_text(json.dumps(costs))
     files = ("--costs", str(tmp_path / "costs.json"))
-    found = bench(tmp_path, *files, "--check", "2", "--rounds", "1", "--nodes", "4", "40", runner="scale")
+    found = bench(tmp_path, *files, "--check", "2", "--rounds", "1", "--seconds", "0.2", "--nodes", "4", "40", runner="scale")
     assert found.returncode == 0, found.stdout + found.stderr
     report = json.loads((tmp_path / "found.json").read_text())
     assert report["predicted"]["40"]["local"]["value"] > 5 * report["predicted"]["4"]["local"]["value"]
