@@ -477,7 +477,12 @@ class Arena:
                 self.delete(handle)
 
 
-SPIN_S, FIRST_PARK_S, LIVELY_S, PARK_S, LONG_PARK_S = 50e-6, 50e-6, 2e-3, 1e-3, 2e-3  # as launcher.link's
+SPIN_S, FIRST_PARK_S, LIVELY_S = 500e-6, 50e-6, 2e-3  # as launcher.link's
+PARKS_S = ((1.0, 1e-3), (10.0, 2e-3), (float("inf"), 8e-3))
+
+
+def longest_park_s(quiet_s: float) -> float:
+    return next(park for limit, park in PARKS_S if quiet_s < limit)
 
 
 class Link(Process):
@@ -490,7 +495,7 @@ class Link(Process):
         self._out: dict[int, list[tuple[int, int, Any]]] = {}
         self._arrived: list[tuple[float, Callable[[], None]]] = []
         self._quiet_since = -1.0
-        self._park = PARK_S
+        self._park = FIRST_PARK_S
         self._sleeping = 0  # number of the look that is planned; another one when something came before it
         if simulator.prices is not None:
             self.turn_s = simulator.prices.link_turn_s
@@ -551,7 +556,7 @@ class Link(Process):
                 self.rest()
             return
         quiet = simulator.now - self._quiet_since
-        park = 0.0 if quiet < SPIN_S else FIRST_PARK_S if quiet < LIVELY_S else PARK_S if quiet < 1.0 else LONG_PARK_S
+        park = 0.0 if quiet < SPIN_S else FIRST_PARK_S if quiet < LIVELY_S else longest_park_s(quiet)
         self._arrived.append((seconds, what))
         simulator.after(park * simulator.random.random(), self.wake)
 
@@ -564,10 +569,14 @@ class Link(Process):
         if quiet < LIVELY_S:
             self._park = FIRST_PARK_S
         else:
-            self._park = min(self._park * 1.2, PARK_S if quiet < 1.0 else LONG_PARK_S)
+            self._park = min(self._park * 1.2, longest_park_s(quiet))
         self._sleeping += 1
         number = self._sleeping
-        self.simulator.after(0.0 if quiet < SPIN_S else self._park, lambda: self._look(number))
+        if quiet < SPIN_S:  # without a pause, but it lets everybody else have the core first
+            self.awake = True
+            self.host.add(self)
+        else:
+            self.simulator.after(self._park, lambda: self._look(number))
 
     def _look(self, number: int) -> None:
         if self.alive and number == self._sleeping:
