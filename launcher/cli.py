@@ -33,6 +33,7 @@ from hpc_ray.ids import GCS_ADDRESS
 from hpc_ray.launcher import channel, hosts, local, member, session, submission, world
 from hpc_ray.launcher.relay import Relay
 from hpc_ray.protocol import UNIT, Answer, ProcessLeaving, Query, decode, encode
+from hpc_ray.slurm import signals
 from hpc_ray.version import __version__
 
 _END_S = 10.0
@@ -276,6 +277,9 @@ def _supervise(command: list[str], plan: dict[str, Any], more: dict[str, str] | 
     stopped: list[int] = []
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, lambda received, frame: stopped.append(received))
+    warned: list[int] = []  # by Slurm, that the time is nearly over; for the driver to know
+    if signals.in_job():
+        signal.signal(signal.SIGUSR1, lambda received, frame: warned.append(received))
     ours, theirs = os.pipe()
     child = subprocess.Popen(
         command,
@@ -313,6 +317,8 @@ def _supervise(command: list[str], plan: dict[str, Any], more: dict[str, str] | 
             deadline = min(deadline, time.monotonic() + _END_S)
         if status is not None:
             break
+        if warned:
+            child.send_signal(warned.pop())
         if stopped and not asked:
             asked = True
             child.send_signal(signal.SIGTERM)

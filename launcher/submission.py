@@ -47,6 +47,7 @@ _OPTIONS = (
     click.option("-o", "--output", default="", help=f"File of the output.  [default: {job.OUTPUT}]"),
     click.option("-e", "--error", default="", help="File of stderr.  [default: with the output]"),
     click.option("--exclusive", is_flag=True, help="Whole nodes."),
+    click.option("--survive-nodes", is_flag=True, help="Go on when nodes are lost, but for the first, over TCP: no MPI is needed."),
     click.option("--requeue", is_flag=True, help="Start again after preemption, a lost node, or the end of the time."),
     click.option("--signal-s", type=int, default=60, show_default=True, help="The script gets SIGUSR1 so long before the end; 0: not."),
     click.option("--sbatch", "lines", multiple=True, metavar="OPTION", help="One more #SBATCH line; may be repeated."),
@@ -115,7 +116,7 @@ def complete(fields: dict[str, Any]) -> dict[str, Any]:
         plain = fields["container"] or fields["setup"] or not os.path.exists(beside)  # these bring their own
         fields["command"] = "hpc-ray" if plain else beside
     tasks = fields["ntasks"] or fields["nodes"] * (fields["ntasks_per_node"] or 1)
-    if not fields["mpi"] and not fields["container"] and tasks > 1:
+    if not fields["mpi"] and not fields["container"] and not fields["survive_nodes"] and tasks > 1:
         try:
             fields["mpi"] = job.mpi_type(mpi_library(), scheduler.mpi_types())
         except scheduler.SlurmError:

@@ -43,6 +43,7 @@ class Job:
     output: str = ""
     error: str = ""
     exclusive: bool = False
+    survive_nodes: bool = False  # the job goes on when one of its nodes is lost, but the first
     requeue: bool = False  # after preemption, a lost node, or when the time is nearly over
     signal_s: int = 60  # the script gets SIGUSR1 so many seconds before the end; 0: not
     lines: tuple[str, ...] = ()  # more #SBATCH lines
@@ -78,6 +79,10 @@ def check(job: Job) -> None:
     for name in ("job_name", "partition", "account", "qos", "constraint", "array", "dependency", "output", "error", "gpus_per_node"):
         if "\n" in getattr(job, name):
             raise ConfigurationError(f"--{name.replace('_', '-')} must be one line")
+    if job.survive_nodes and job.container:
+        raise ConfigurationError("--survive-nodes starts its nodes by srun, which --container has no way to; leave out one of them")
+    if job.survive_nodes and job.tasks > job.nodes:
+        raise ConfigurationError(f"--survive-nodes has one task on each node, but {job.tasks} tasks on {job.nodes} nodes were asked for")
     for line in job.lines:
         if "\n" in line or not line.startswith("-"):
             raise ConfigurationError(f"--sbatch {line!r} is not an option of sbatch, like --sbatch=--reservation=course")
@@ -107,8 +112,10 @@ def directives(job: Job) -> list[str]:
     lines = [f"--{option}={_quoted(str(value))}" for option, value in options if value not in (None, "")]
     if job.exclusive:
         lines.append("--exclusive")
+    if job.survive_nodes:
+        lines.append("--no-kill")
     if job.signal_s:
-        lines.append(f"--signal=USR1@{job.signal_s}")
+        lines.append(f"--signal={'B:' if job.survive_nodes else ''}USR1@{job.signal_s}")  # B: to the script, where the head is
     lines += ["--requeue", "--open-mode=append"] if job.requeue else ["--no-requeue"]
     return [*lines, *job.lines]
 
@@ -120,8 +127,12 @@ def _quoted(value: str) -> str:
     return '"' + value.replace("\\", "\\\\").replace('"', '\\"') + '"'
 
 
-def srun_command(job: Job) -> str:
-    """The line of the batch script that starts the ranks."""
+def run_command(job: Job) -> str:
+    """The line of the batch script that starts the cluster: its ranks by srun, or the head that starts the other nodes itself."""
+    run = [*shlex.split(job.command), "run"]
+    rest = [*job.run_options, job.script, *job.arguments]
+    if job.survive_nodes:
+        return shlex.join([*run, "--survive-nodes", *rest])
     words = ["srun", "--kill-on-bad-exit=1"]
     if job.mpi:
         words.append(f"--mpi={job.mpi}")
@@ -130,7 +141,7 @@ def srun_command(job: Job) -> str:
     line = shlex.join(words)
     if job.container:
         line += f" {job.container}"
-    return f"{line} {shlex.join([*shlex.split(job.command), 'run', *job.run_options, job.script, *job.arguments])}"
+    return f"{line} {shlex.join([*run, *rest])}"
 
 
 def batch_script(job: Job) -> str:
@@ -146,14 +157,16 @@ def batch_script(job: Job) -> str:
     lines += job.setup
     if job.requeue:
         lines += [
-            srun_command(job),
-            "code=$?",
+            f"{run_command(job)} &",
+            "child=$!",
+            'for signal in TERM USR1; do trap "kill -$signal $child" $signal; done',
+            'while wait "$child"; code=$?; kill -0 "$child" 2>/dev/null; do :; done  # a signal ends wait, not the child',
             f"# {DRAIN_CODE}: ended by SIGUSR1, as the time is nearly over; the same job once more, from the script's last checkpoint.",
             f'if [ "$code" -eq {DRAIN_CODE} ]; then scontrol requeue "$SLURM_JOB_ID"; fi',
             'exit "$code"',
         ]
     else:
-        lines.append(f"exec {srun_command(job)}")
+        lines.append(f"exec {run_command(job)}")
     return "\n".join(lines) + "\n"
 
 

@@ -95,3 +95,22 @@ for cycle in range(count):
     ray.shutdown()
 print(me, "did", count, flush=True)
 """
+
+# Works on all hosts of the job until a file says that it is enough, and says on which it was in the end.
+SURVIVES = """
+import os, socket, sys, time
+import hpc_ray as ray
+ray.init(object_store_memory=100 << 20)
+while len(ray.nodes()) < int(os.environ["SLURM_JOB_NUM_NODES"]): time.sleep(0.05)
+@ray.remote(num_cpus=0.5, max_retries=-1, scheduling_strategy="SPREAD")
+def where(seconds):
+    time.sleep(seconds)
+    return socket.gethostname()
+print("begins on", *sorted(set(ray.get([where.remote(0.3) for _ in range(12)]))), flush=True)
+under_way = [where.remote(0.3) for _ in range(20)]
+while not os.path.exists(sys.argv[1]):
+    under_way.append(where.remote(0.1))
+    time.sleep(0.1)
+found = ray.get(under_way)
+print("ends on", *sorted(node["NodeManagerHostname"] for node in ray.nodes() if node["Alive"]), flush=True)
+"""

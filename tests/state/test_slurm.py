@@ -93,13 +93,24 @@ def test_largest_script():
 module load openmpi
 source ~/venv/bin/activate
 srun --kill-on-bad-exit=1 --mpi=pmix --cpus-per-task=8 apptainer exec --nv image.sif hpc-ray run --as-ray \
-'code/train it.py' --lr 0.1 'a b'
-code=$?
+'code/train it.py' --lr 0.1 'a b' &
+child=$!
+for signal in TERM USR1; do trap "kill -$signal $child" $signal; done
+while wait "$child"; code=$?; kill -0 "$child" 2>/dev/null; do :; done  # a signal ends wait, not the child
 # 138: ended by SIGUSR1, as the time is nearly over; the same job once more, from the script's last checkpoint.
 if [ "$code" -eq 138 ]; then scontrol requeue "$SLURM_JOB_ID"; fi
 exit "$code"
 """
     )
+
+
+def test_script_that_survives_lost_nodes():
+    """The head is the batch script's own process: Slurm's warning goes there, and to no step."""
+    text = job.batch_script(job.Job(script="train.py", nodes=4, survive_nodes=True, mpi="pmix"))
+    assert "#SBATCH --no-kill\n#SBATCH --signal=B:USR1@60\n" in text
+    assert text.endswith("\n\nexec hpc-ray run --survive-nodes train.py\n")
+    again = job.batch_script(job.Job(script="train.py", nodes=4, survive_nodes=True, requeue=True))
+    assert "\nhpc-ray run --survive-nodes train.py &\nchild=$!\n" in again
 
 
 def test_tasks_in_all_stand_without_tasks_per_node():
@@ -118,6 +129,8 @@ def test_no_signal_where_none_is_wanted():
     [
         ({"nodes": 0}, "--nodes must be at least 1, it is 0"),
         ({"nodes": 3, "ntasks": 2}, "3 nodes need at least as many tasks, but --ntasks is 2"),
+        ({"nodes": 2, "ntasks_per_node": 2, "survive_nodes": True}, "one task on each node, but 4 tasks on 2 nodes"),
+        ({"survive_nodes": True, "container": "apptainer exec a.sif"}, "--survive-nodes starts its nodes by srun"),
         ({"time": "soon"}, "--time 'soon' is not"),
         ({"mem": "64 GB"}, "--mem '64 GB' is not a number with K, M, G or T"),
         ({"lines": ("reservation=x",)}, "not an option of sbatch"),
@@ -183,7 +196,8 @@ def test_command_lines():
     assert " ".join(commands.one_on_each_node(3, "pmix", ["hostname"])) == (
         "srun --overlap --nodes=3 --ntasks=3 --ntasks-per-node=1 --mpi=pmix hostname"
     )
-    assert job.srun_command(job.Job(script="a.py")) == "srun --kill-on-bad-exit=1 hpc-ray run a.py"
+    assert job.run_command(job.Job(script="a.py")) == "srun --kill-on-bad-exit=1 hpc-ray run a.py"
+    assert job.run_command(job.Job(script="a.py", survive_nodes=True)) == "hpc-ray run --survive-nodes a.py"
 
 
 def test_an_outer_job_is_not_seen_by_sbatch():
