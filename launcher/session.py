@@ -28,6 +28,7 @@ ADDRESS_VARIABLE = "HPC_RAY_ADDRESS"  # which session ``attach`` takes
 _LAUNCHER_PREFIXES = (
     "PMI_", "PMIX_", "OMPI_", "PRTE_", "MPI_LOCAL", "MPIR_CVAR_", "HYDRA_", "HYDI_", "PMI2_",
     "MPIEXEC_", "I_MPI_", "MV2_COMM", "HPC_RAY_LAUNCH_",
+    "SLURM_PROCID", "SLURM_LOCALID", "SLURM_GTIDS", "SLURM_TASK_PID",  # which of srun's tasks; of the job and step it may know
 )  # fmt: skip
 # How a launcher reaches other hosts here: its job steps over several hosts need that too.
 REACH = (

@@ -114,3 +114,14 @@ while not os.path.exists(sys.argv[1]):
 found = ray.get(under_way)
 print("ends on", *sorted(node["NodeManagerHostname"] for node in ray.nodes() if node["Alive"]), flush=True)
 """
+
+# The script and a task each start a program that has a cluster of its own.
+INNER = """
+import os, subprocess, sys
+import hpc_ray as ray
+ray.init(object_store_memory=100 << 20)
+def inner():
+    text = "import hpc_ray as ray; ray.init(num_cpus=1, object_store_memory=64 << 20); print(len(ray.nodes()), end='')"
+    return subprocess.run([sys.executable, "-P", "-c", text], capture_output=True, text=True, timeout=50).stdout
+print("inner", inner(), ray.get(ray.remote(inner).remote()), "outer", len(ray.nodes()), flush=True)
+"""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import pytest
-from slurm_programs import HOSTS
+from slurm_programs import HOSTS, INNER
 from slurm_site import HPC_RAY
 
 pytestmark = [pytest.mark.slurm, pytest.mark.timeout(100)]
@@ -24,6 +24,12 @@ def test_srun(slurm, hosts, options):
     ended = slurm.run("srun", f"--mpi={slurm.mpi}", "-N2", *options, HPC_RAY, "run", hosts)
     right(ended)
     assert f"2 nodes, {2 * int(options[0][-1])} ranks" in ended.stderr
+
+
+def test_programs_that_a_script_starts_are_no_ranks(slurm):
+    """They see the job's variables, but not those of a task of the step."""
+    ended = slurm.run("srun", f"--mpi={slurm.mpi}", "-N2", HPC_RAY, "run", slurm.program("inner", INNER))
+    assert ended.stdout == "inner 1 1 outer 2\n", ended.stdout + ended.stderr
 
 
 def test_srun_of_one_task_needs_no_mpi(slurm, hosts):
