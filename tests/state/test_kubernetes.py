@@ -112,7 +112,7 @@ def test_pods_can_be_reached(job):
     assert len({container(job, role)["image"] for role in ("Launcher", "Worker")}) == 1
 
 
-def test_the_page_names_files_that_are_there():
-    page = (ROOT / "docs" / "kubernetes.md").read_text()
-    for link in re.findall(r"\]\((?!http)([^)#]+)\)", page):
+@pytest.mark.parametrize("page", sorted(path.name for path in (ROOT / "docs").glob("*.md")))
+def test_pages_name_files_that_are_there(page):
+    for link in re.findall(r"\]\((?!http)([^)#]+)\)", (ROOT / "docs" / page).read_text()):
         assert (ROOT / "docs" / link).is_file(), link
