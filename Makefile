@@ -202,6 +202,7 @@ conformance: conformance-plain conformance-mpi
 
 conformance-plain: $(VENV)/.libraries $(VENV)/.installed
 	$(CONFORM)
+	$(CONFORM) --suite more
 
 conformance-mpi: $(VENV)/.libraries $(VENV)/.installed
 	$(CONFORM) --without one_node --launch '$(CURDIR)/$(BIN)/mpirun -n 4 --map-by slot:OVERSUBSCRIBE $(CURDIR)/$(BIN)/hpc-ray run --nodes 2'

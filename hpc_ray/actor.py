@@ -37,9 +37,9 @@ def method(*args: Any, **options: Any) -> Any:
     """
     if len(args) == 1 and not options and callable(args[0]):
         return args[0]  # a bare @method changes nothing
-    known = sorted(name for name in METHOD_OPTIONS if name[0] != "_")
-    assert not args and set(options) <= set(METHOD_OPTIONS), (
-        "The @method decorator must be applied with keyword arguments, for example '@method(num_returns=2)'; "
+    known = sorted(METHOD_OPTIONS.keys() - {"name"})  # that is of a call
+    assert not args and options.keys() <= set(known), (
+        "The @ray.method decorator must be applied with keyword arguments, for example '@ray.method(num_returns=2)'; "
         f"it knows {', '.join(known)}."
     )
     check_method(options)
@@ -344,6 +344,11 @@ class ActorClass:
             client.make_ready([entry for _, entry in task.dependencies])
         with client.lock:
             dependencies = client.packer.resolve(task)
+        for name, (_, marked) in description[2].items():
+            group = marked.get("concurrency_group")
+            assert group is None or group in groups, (
+                f"{cls.__name__}.{name} is in the concurrency group {group!r}, and the class has {sorted(groups)}"
+            )
         if shape is None:
             shape = shape_of(running, options, client)
         spec = ActorSpec(

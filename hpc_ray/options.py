@@ -85,7 +85,7 @@ def _retry_exceptions(name: str, value: Any) -> None:
     if not isinstance(value, (list, tuple)):
         raise TypeError(f"{name} must be a bool or a list of exception classes, not {type(value).__name__}")
     for item in value:
-        if not (isinstance(item, type) and issubclass(item, BaseException)):
+        if not (isinstance(item, type) and issubclass(item, Exception)):
             raise ValueError(f"{name} must hold exception classes; {item!r} is none")
 
 

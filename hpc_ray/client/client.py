@@ -398,7 +398,11 @@ class Client:
                 callback = self.callbacks.popleft()
             except IndexError:  # another thread was faster
                 return
-            callback()
+            try:
+                callback()
+            except Exception:  # others wait for this thread as well
+                print("hpc_ray: what was to be called back has failed:", file=sys.stderr)
+                traceback.print_exc()
 
     def block(self, waiter: Waiter, timeout_s: float | None = None, *, gives_way: bool = True) -> bool:
         """Wait, draining meanwhile; False if the time is over. Blocks. In a worker others may use its CPU meanwhile, unless what

@@ -178,7 +178,6 @@ class ObjectRef(Generic[T]):
         import concurrent.futures  # costs start-up time where nobody asks for it
 
         future: concurrent.futures.Future = concurrent.futures.Future()
-        future.set_running_or_notify_cancel()
         self._on_completed(lambda: _fill(future, self))
         return future
 
@@ -189,10 +188,7 @@ class ObjectRef(Generic[T]):
         loop = asyncio.get_running_loop()
         future = loop.create_future()
 
-        def done() -> None:
-            loop.call_soon_threadsafe(_fill_unless_done, future, self)
-
-        self._on_completed(done)
+        self._on_completed(lambda: call_in_loop(loop, _fill_unless_done, future, self))
         return future
 
     def __await__(self) -> Any:
@@ -208,8 +204,19 @@ class ObjectRef(Generic[T]):
 new_reference: Callable[[type[ObjectRef]], ObjectRef] = object.__new__  # for hot paths: ``_entry`` is to be set
 
 
+def call_in_loop(loop: asyncio.AbstractEventLoop, function: Callable, *args: Any) -> None:
+    """From any thread; a loop that is closed has nobody left who waits."""
+    try:
+        loop.call_soon_threadsafe(function, *args)
+    except RuntimeError:
+        if not loop.is_closed():
+            raise
+
+
 def _fill(future: concurrent.futures.Future, reference: ObjectRef) -> None:
     assert _Hooks.get is not None
+    if not future.set_running_or_notify_cancel():
+        return
     try:
         value = _Hooks.get(reference)
     except BaseException as error:

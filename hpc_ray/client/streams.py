@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from hpc_ray.client.objects import READY, Entry, State
-from hpc_ray.client.refs import ObjectRef
+from hpc_ray.client.refs import ObjectRef, call_in_loop
 from hpc_ray.ids import object_id_of
 from hpc_ray.protocol import ItemsConsumed, Result, ResultKind
 from hpc_ray.serialize import serialize
@@ -168,7 +168,7 @@ class ObjectRefGenerator:
         waiting = loop.create_future()
 
         def wake() -> None:
-            loop.call_soon_threadsafe(_settle, waiting)
+            call_in_loop(loop, _settle, waiting)
 
         with self._client.lock:
             head = self._head()

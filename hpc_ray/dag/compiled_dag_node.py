@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from hpc_ray.client.client import Client, Waiter
 from hpc_ray.client.graphs import Program, Receiver, Slot, Step, close_graph, open_graph
-from hpc_ray.client.refs import ObjectRef
+from hpc_ray.client.refs import ObjectRef, call_in_loop
 from hpc_ray.dag.context import DAGContext
 from hpc_ray.exceptions import (
     ActorDiedError,
@@ -363,7 +363,7 @@ class CompiledDAG:
 
         def then() -> None:
             client.lane.eager -= 1
-            loop.call_soon_threadsafe(_set, arrived)
+            call_in_loop(loop, _set, arrived)
 
         with client.lock:
             client.lane.eager += 1
