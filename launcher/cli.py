@@ -247,6 +247,8 @@ def _with_hosts(
     launches = hosts_module.as_json(hosts_module.plan_launches(others, agent, os.getcwd(), dict(os.environ)))
     head_options = plan["options"] if here else {**plan["options"], "num_cpus": 0, "num_gpus": 0, "resources": None}
     plan["nodes"] = len(others) + 1
+    if agent:  # job steps on several hosts need it too
+        plan["environment"] = {**world.reach_by(agent), **plan["environment"]}
     return world.with_members(plan, launches=launches, head_options=head_options, join_file=join_file or "")
 
 

@@ -40,6 +40,7 @@ _MOMENT = "session_%Y-%m-%d_%H-%M-%S"  # how the names of sessions begin
 _MOMENT_ENDS = len("session_2026-01-31_23-59-59")
 _GRACE_S = 60.0
 SHARED_MEMORY = "/dev/shm/"
+STEPS = "steps"  # beside the nodes' folders: what MPI launchers keep on hosts where their step has ranks
 _MPI_FILES = ("sm_segment.", "vader_segment.", "open_mpi.", "mpich_shm_", "ucx_shm_")  # how names there begin
 _MAP_S = 0.05  # between the making of such a file and its mapping, at most
 
@@ -111,6 +112,8 @@ def make_dir(session: str, node: int) -> tuple[str, int]:
 def remove_dir(path: str) -> None:
     """A node's folder, and the folders above it that are empty then (SESSION-2)."""
     shutil.rmtree(path, ignore_errors=True)
+    if _entries(os.path.dirname(path)) == [STEPS]:  # no node of the session is left on this host
+        shutil.rmtree(os.path.join(os.path.dirname(path), STEPS), ignore_errors=True)
     for parent in (os.path.dirname(path), os.path.dirname(os.path.dirname(path))):
         try:
             os.rmdir(parent)

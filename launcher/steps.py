@@ -32,6 +32,7 @@ def start(hosts: list[str], command: list[str], config: NodeConfig, variables: d
     """
     mpirun = world.find_mpirun()
     groups = [(name, len(list(ranks))) for name, ranks in groupby(hosts)]
+    folder = config.session_dir
     if [name for name, _ in groups] == [config.hostname]:
         world.check_ranks(len(hosts))
         environment = world.own_host_environment()
@@ -41,9 +42,10 @@ def start(hosts: list[str], command: list[str], config: NodeConfig, variables: d
         environment = world.hosts_environment()
         extra = world.on_hosts(mpirun, groups)
         passed = (session.SESSION_VARIABLE, *variables)
+        folder = os.path.join(os.path.dirname(folder), session.STEPS)
     environment[session.SESSION_VARIABLE] = config.session
     environment[session.NODE_VARIABLE] = str(config.node)
-    environment["PRTE_MCA_prte_tmpdir_base"] = config.session_dir  # what Open MPI leaves there when it is killed goes with the session
+    environment["PRTE_MCA_prte_tmpdir_base"] = folder  # what Open MPI leaves there when it is killed goes with the session
     environment.update(variables)
     line = world.mpirun_command(mpirun, len(hosts), command, extra, passed=passed)
     try:

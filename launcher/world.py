@@ -258,6 +258,16 @@ def reach_of(command: list[str], *environments: dict[str, str]) -> dict[str, str
     return found
 
 
+def reach_by(agent: str) -> dict[str, str]:
+    """As variables, for any launcher: by this agent, which gets a host and a command."""
+    return {
+        "PRTE_MCA_plm_ssh_agent": agent,
+        "OMPI_MCA_plm_rsh_agent": agent,
+        "HYDRA_LAUNCHER": "ssh",
+        "HYDRA_LAUNCHER_EXEC": agent,
+    }
+
+
 def reach() -> dict[str, str]:
     """That of the launcher that has started this rank, as far as it can be seen from here."""
     parent = os.getppid()

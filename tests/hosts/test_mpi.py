@@ -76,3 +76,19 @@ def test_two_worlds_do_not_see_each_other(hosts):
         out, err = process.communicate(timeout=90)
         assert process.returncode == 0 and out.splitlines()[-1] == "right node1 node2 node3 alive node1 node2 node3", (out, err)
     hosts.await_nothing_left()
+
+
+@pytest.mark.parametrize("how", ["--hosts", "--survive-nodes", "mpirun"])
+def test_gangs_over_hosts(how, hosts):
+    """Their ranks are a job step on three hosts, which is started as the session was: by its agent."""
+    agent = hosts.tool("agent")
+    program = PROGRAMS / "gang.py"
+    if how == "mpirun":
+        options, variables = world.host_options(MPIRUN, NAMES, 3, agent)
+        line = world.mpirun_command(MPIRUN, 3, [], options, passed=())
+        done = hosts.run(1, *line, "hpc-ray", "run", program, **world.under_root(variables))
+    else:
+        more = ["--survive-nodes"] if how == "--survive-nodes" else []
+        done = hosts.run(1, "hpc-ray", "run", *more, "--hosts", ",".join(NAMES), "--agent", agent, program)
+    assert done.returncode == 0 and done.stdout.splitlines()[-1] == "RIGHT node1 node2 node3", (done.stdout, done.stderr)
+    hosts.await_nothing_left()
