@@ -294,6 +294,7 @@ def _supervise(command: list[str], plan: dict[str, Any], more: dict[str, str] | 
     report: socket.socket | None = None
     note: dict[str, Any] | None = None  # rank 0's
     ended = False  # rank 0 has
+    started: dict[int, int] = {}  # by mpirun: pid → start
     deadline = float("inf")
     asked = False
     while True:
@@ -315,8 +316,9 @@ def _supervise(command: list[str], plan: dict[str, Any], more: dict[str, str] | 
             else:
                 note = note or said  # the first one counts
         note = note or errors.note
-        if note is not None:
-            deadline = min(deadline, time.monotonic() + _END_S)
+        if note is not None and deadline == float("inf"):
+            started = {pid: session.process_start(pid) for pid in session.children(child.pid)}
+            deadline = time.monotonic() + _END_S
         if status is not None:
             break
         if warned:
@@ -325,10 +327,11 @@ def _supervise(command: list[str], plan: dict[str, Any], more: dict[str, str] | 
             asked = True
             child.send_signal(signal.SIGTERM)
         if note is not None and (stopped or note["lost"] or time.monotonic() > deadline):  # it would wait for what is lost
-            _end_launcher(child, _END_S / 2 if stopped else 1.0)
+            world.end_process(child, _END_S / 2 if stopped else 1.0)
         else:
             errors.pass_on(_LOOK_S, *([report] if report is not None and not ended else []))
     errors.close()
+    _clear_after(child, started)
     _wait_for_nodes(plan)
     if stopped:
         return 128 + stopped[0]
@@ -339,11 +342,8 @@ def _supervise(command: list[str], plan: dict[str, Any], more: dict[str, str] | 
     return int(note["exit"]) or (1 if note["lost"] else 0)
 
 
-def _end_launcher(child: subprocess.Popen[bytes], timeout_s: float) -> None:
-    """With what mpirun leaves when it has to be killed: agents of hosts that do not answer, and its folder."""
-    started = {pid: session.process_start(pid) for pid in session.children(child.pid)}
-    if world.end_process(child, timeout_s) >= 0:
-        return
+def _clear_after(child: subprocess.Popen[bytes], started: dict[int, int]) -> None:
+    """What an mpirun leaves when a host is lost: agents, which wait for an answer of it (by pid and start), and its own folder."""
     for pid, start in started.items():
         if start and session.process_start(pid) == start:
             os.kill(pid, signal.SIGKILL)

@@ -473,11 +473,16 @@ class Rank:
 
     def _finalize(self, code: int) -> None:
         self.send_report(code)
-        self.watchdog.set(LOST_S if self.lost else FINALIZE_S, code=code)  # an MPI with lost ranks may hang here
+        if self.lost:
+            os._exit(code)  # it would wait for a host that does not answer
+        self.watchdog.set(FINALIZE_S, code=code)  # an MPI with lost ranks may hang here
+        signal.signal(signal.SIGALRM, signal.SIG_DFL)
+        signal.alarm(int(FINALIZE_S) + 1)  # and hold the interpreter, which the watchdog needs
         try:
             self.MPI.Finalize()
         except self.MPI.Exception:
             pass
+        signal.alarm(0)
         self.watchdog.set(None)
 
 
@@ -555,7 +560,8 @@ class Link:
         self.lane = attachment.lane
         self.files = ObjectFiles(_core.Store(attachment.segment, attachment.lane), attachment.config.spill_dir)
         self.node_alive = True
-        channel.send_note(attachment.connection, {"remove": session.shared_files(self.rank.place.rank, everything=self.node == 0)})
+        files = session.shared_files(self.rank.place.rank, everything=self.rank.place.local_rank == 0)
+        channel.send_note(attachment.connection, {"remove": files})
         attachment.connection.setblocking(False)
         if self.doorbell is not None:
             self.doorbell.add(attachment.connection.fileno())
@@ -617,7 +623,7 @@ class Link:
                     break
         if self.node == 0:
             self.rank.release_workers()
-        self.rank.watchdog.set(FINALIZE_S + 10, code=self.exit_code())
+        self.rank.watchdog.set(2 * LOST_S if self.rank.lost else FINALIZE_S + 10, code=self.exit_code())
         self.transport.close(LOST_S if self.rank.lost else FINALIZE_S)
         try:
             if self.lane is not None:

@@ -336,8 +336,8 @@ class Head(_Bridge):
             elif node not in self.awaited:
                 link.say(text)
             super().answer(node, {"error": text})
-        elif node not in self.gone:
-            if "node_id" in note and node not in self.up:
+        else:
+            if "node_id" in note and node not in self.gone:
                 self.on_up(node, note)
             super().answer(node, note)
 

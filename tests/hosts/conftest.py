@@ -33,7 +33,7 @@ for pid in filter(str.isdigit, os.listdir("/proc")):
 for top in ("/tmp", "/dev/shm"):
     for folder, folders, files in os.walk(top):
         for name in folders + files:
-            if "torchinductor" not in folder + name:  # torch's own
+            if "torchinductor" not in folder + name and "hydra_hwloc" not in name:  # of torch, and of an MPICH that is killed
                 print("file", os.path.join(folder, name))
 """
 
