@@ -1,12 +1,8 @@
 """The command line: ``hpc-ray run``, ``start``, ``stop``, ``status``; and the way to those of ``submission``, ``doctor`` and
 ``hpc_ray.commands``.
 
-``run`` is two things. Outside of an MPI job it starts one (mpirun, this program in each rank) and stays as its supervisor; inside
-of one it is a rank. The exit code is the script's in both.
-
-CLI-1 (nothing stays): mpirun dies with this process, ranks die with mpirun, nodes with their ranks.
-CLI-2 (exit code): mpirun's is not believed; rank 0 reports the script's over a socket of our own, or, from another host, by its last
-words (``relay``).
+``run`` is two things. Outside of an MPI job it starts one, or a cluster over TCP, and stays as its supervisor; inside of one it is a
+rank. The exit code is the script's in both.
 """
 
 from __future__ import annotations
@@ -15,9 +11,6 @@ import importlib
 import json
 import os
 import shutil
-import signal
-import socket
-import subprocess
 import sys
 import tempfile
 import time
@@ -25,19 +18,14 @@ from typing import Any, NoReturn
 
 import click
 
-from hpc_ray import _core
 from hpc_ray import as_ray as as_ray_module
 from hpc_ray.config import Settings
 from hpc_ray.exceptions import RayError
 from hpc_ray.ids import GCS_ADDRESS
-from hpc_ray.launcher import channel, hosts, local, member, session, submission, world
-from hpc_ray.launcher.relay import Relay
+from hpc_ray.launcher import hosts, local, member, session, submission, supervisor, world
 from hpc_ray.protocol import UNIT, Answer, ProcessLeaving, Query, decode, encode
-from hpc_ray.slurm import signals
 from hpc_ray.version import __version__
 
-_END_S = 10.0
-_LOOK_S = 0.02
 hosts_module = hosts  # an option has its name
 
 
@@ -133,6 +121,8 @@ def cli(context: click.Context) -> None:
 @_amounts
 @click.option("--as-ray", is_flag=True, help="`import ray` gives hpc_ray, in the script and in all workers.")
 @click.option("-q", "--quiet", is_flag=True, help="Do not print the roster.")
+@click.option("--relaunch", type=click.IntRange(0), default=0, help="When a session is lost, start again on the hosts left, so often.")
+@click.option("--journal", type=click.Path(dir_okay=False), help="Detached actors, placement groups and keys go on from this file.")
 @click.option("--mpirun-option", "mpirun_options", multiple=True, help="Passed to mpirun as it is; may be repeated.")
 @click.argument("script")
 @click.argument("arguments", nargs=-1, type=click.UNPROCESSED)
@@ -142,6 +132,8 @@ def run(
     survive_nodes: bool,
     as_ray: bool,
     quiet: bool,
+    relaunch: int,
+    journal: str | None,
     mpirun_options: tuple[str, ...],
     script: str,
     arguments: tuple[str, ...],
@@ -170,47 +162,85 @@ def run(
     inherited = os.environ.get("PYTHONPATH", "").split(os.pathsep)
     python_path = [os.path.dirname(os.path.realpath(script)), *(path for path in inherited if path)]
     names = _named_hosts(hosts, hostfile, survive_nodes)
+    over_tcp = survive_nodes or bool(join_file) or (Settings.from_environment().transport == "tcp" and (ranks or nodes or 1) > 1)
+    if place is not None and place.size > 1:
+        elsewhere = {"--survive-nodes": over_tcp, "--hosts": names, "--agent": agent, "--relaunch": relaunch}
+        problem = next((name for name, given in elsewhere.items() if given), "")
+        if problem:
+            problem = f"with {problem} nodes are started from here: start this once, without {place.launcher}"
+        elif ranks is not None and ranks != place.size:
+            problem = (
+                f"-n {ranks} was given inside an MPI job of {place.size} ranks ({place.launcher}); leave out -n here, or "
+                "start `hpc-ray run -n` without mpirun"
+            )
+        if problem and say:
+            _fail(problem, 2)
+        if problem:
+            _fail_silently(place)
+        world.become_link(_plan(options, nodes, place.size, quiet, command, python_path, journal or ""))
     if agent and names is None:
         _fail("--agent is for nodes on other hosts: name them with --hosts or --hostfile", 2)
-    if survive_nodes or join_file or (Settings.from_environment().transport == "tcp" and (ranks or nodes or 1) > 1):
-        if place is not None and place.size > 1:
-            if say:
-                _fail(f"with --survive-nodes nodes are started from here: start this once, without {place.launcher}", 2)
-            _fail_silently(place)
-        plan = _plan(options, None, 1, quiet, command, python_path)
-        plan = _with_hosts(plan, names, agent, nodes or ranks, join_file)
-        sys.exit(_supervise(world.MEMBER_COMMAND, plan))
-    if place is not None and place.size > 1:
-        if ranks is not None and ranks != place.size:
-            if say:
-                _fail(
-                    f"-n {ranks} was given inside an MPI job of {place.size} ranks ({place.launcher}); leave out -n here, or "
-                    "start `hpc-ray run -n` without mpirun",
-                    2,
-                )
-            _fail_silently(place)
-        plan = _plan(options, nodes, place.size, quiet, command, python_path)
-        world.become_link(plan)
+    if over_tcp and mpirun_options:
+        _fail("--mpirun-option: with --survive-nodes there is no mpirun", 2)
+    if names is not None and nodes is not None:
+        if nodes > len(names):
+            _fail(f"{nodes} nodes were asked for, but there are {len(names)} hosts: {', '.join(names[:8])}", 2)
+        names = names[:nodes]
     wanted = ranks or (len(names) if names else nodes or 1)
     if nodes is not None and nodes > wanted:
         _fail(f"{nodes} nodes need at least as many ranks, but -n is {wanted}", 2)
-    if wanted == 1 and names is None:
+    if wanted == 1 and names is None and not over_tcp:
+        if relaunch:
+            _fail("--relaunch is for sessions of several nodes; one node ends with this host", 2)
         _exec_script(command, options)
-    mpirun, extra = world.find_mpirun(), list(mpirun_options)
-    variables: dict[str, str] = {}
-    if names:
-        where, variables = world.host_options(mpirun, names, wanted, agent)
-        extra = [*where, *extra]
-    else:
-        world.check_ranks(wanted)
-    line = world.mpirun_command(mpirun, wanted, world.LINK_COMMAND, extra)
-    sys.exit(_supervise(line, _plan(options, nodes, wanted, quiet, command, python_path), variables))
+    most = -(-wanted // len(names)) if names else wanted  # ranks of a host
+    folder = ""
+    if relaunch and not journal:
+        if names and not hosts_module.is_here(names[0]):
+            _fail(f"--relaunch needs a --journal that all hosts can read and write, as the first one, {names[0]}, is not this one", 2)
+        folder = tempfile.mkdtemp(prefix="hpc_ray-journal-")
+        journal = os.path.join(folder, "journal")
+
+    def launch(names: list[str] | None, before: int) -> supervisor.Outcome:
+        os.environ[supervisor.RELAUNCHED_VARIABLE] = str(before)
+        if over_tcp:
+            plan = _plan(options, None, 1, quiet, command, python_path, journal or "")
+            plan = _with_hosts(plan, names, agent, nodes or ranks, join_file)
+            return supervisor.supervise(world.MEMBER_COMMAND, plan)
+        mpirun, extra = world.find_mpirun(), list(mpirun_options)
+        variables: dict[str, str] = {}
+        count = wanted
+        if names:
+            count = min(wanted, len(names) * most)
+            where, variables = world.host_options(mpirun, names, count, agent)
+            extra = [*where, *extra]
+        else:
+            world.check_ranks(count)
+        line = world.mpirun_command(mpirun, count, world.LINK_COMMAND, extra)
+        plan = _plan(options, None if names else nodes, count, quiet, command, python_path, journal or "")
+        return supervisor.supervise(line, plan, variables)
+
+    try:
+        code = supervisor.keep_going(launch, names, relaunch, lambda names: supervisor.reachable(names, agent, dict(os.environ)))
+    finally:
+        if folder:
+            shutil.rmtree(folder, ignore_errors=True)
+    sys.exit(code)
 
 
 def _plan(
-    options: dict[str, Any], nodes: int | None, ranks: int, quiet: bool, command: list[str], python_path: list[str]
+    options: dict[str, Any],
+    nodes: int | None,
+    ranks: int,
+    quiet: bool,
+    command: list[str],
+    python_path: list[str],
+    journal: str,
 ) -> dict[str, Any]:
-    return world.make_plan(options, nodes=nodes, world=ranks, quiet=quiet, script=command, python_path=python_path)
+    journal = os.path.abspath(journal) if journal else ""
+    return world.make_plan(
+        options, nodes=nodes, world=ranks, quiet=quiet, script=command, python_path=python_path, journal=journal
+    )
 
 
 def _named_hosts(names: str | None, hostfile: str | None, survive_nodes: bool) -> list[str] | None:
@@ -239,10 +269,6 @@ def _with_hosts(
         world.check_ranks(nodes or 1)
         launches: list[dict[str, Any]] | None = None if (nodes or 1) > 1 else []
         return world.with_members({**plan, "nodes": nodes or 1}, launches=launches, join_file=join_file or "")
-    if nodes is not None:
-        if nodes > len(names):
-            _fail(f"{nodes} nodes were asked for, but there are {len(names)} hosts: {', '.join(names[:8])}", 2)
-        names = names[:nodes]
     here, others = hosts_module.split(names)
     launches = hosts_module.as_json(hosts_module.plan_launches(others, agent, os.getcwd(), dict(os.environ)))
     head_options = plan["options"] if here else {**plan["options"], "num_cpus": 0, "num_gpus": 0, "resources": None}
@@ -261,104 +287,6 @@ def _exec_script(command: list[str], options: dict[str, Any]) -> NoReturn:
     sys.stdout.flush()
     sys.stderr.flush()
     os.execve(sys.executable, [sys.executable, *command], variables)
-
-
-def _supervise(command: list[str], plan: dict[str, Any], more: dict[str, str] | None = None) -> int:
-    """Runs mpirun, or the head of a cluster over TCP, to its end; the script's exit code. ``more``: of the environment."""
-    listener, plan["report"] = world.listen()
-    listener.setblocking(False)
-    variables = world.under_root({**os.environ, **(more or {})})
-    variables[world.PLAN_VARIABLE] = json.dumps(plan)
-    parent = os.getpid()
-
-    def before_exec() -> None:
-        _core.set_parent_death_signal(signal.SIGKILL)
-        if os.getppid() != parent:
-            os._exit(1)
-
-    stopped: list[int] = []
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, lambda received, frame: stopped.append(received))
-    warned: list[int] = []  # by Slurm, that the time is nearly over; for the driver to know
-    if signals.in_job():
-        signal.signal(signal.SIGUSR1, lambda received, frame: warned.append(received))
-    ours, theirs = os.pipe()
-    child = subprocess.Popen(
-        command,
-        env=variables,
-        stderr=theirs,
-        preexec_fn=before_exec,  # noqa: PLW1509  this program has no threads
-    )
-    os.close(theirs)
-    errors = Relay(ours, 2, plan["tag"])
-    report: socket.socket | None = None
-    note: dict[str, Any] | None = None  # rank 0's
-    ended = False  # rank 0 has
-    started: dict[int, int] = {}  # by mpirun: pid → start
-    deadline = float("inf")
-    asked = False
-    while True:
-        status = child.poll()
-        errors.pass_on()
-        if report is None:
-            try:
-                report, _ = listener.accept()
-                report.setblocking(False)
-            except BlockingIOError:
-                pass
-        while report is not None and not ended:
-            try:
-                said, _ = channel.receive_note(report)
-            except BlockingIOError:
-                break
-            if said is None:
-                ended = True
-            else:
-                note = note or said  # the first one counts
-        note = note or errors.note
-        if note is not None and deadline == float("inf"):
-            started = {pid: session.process_start(pid) for pid in session.children(child.pid)}
-            deadline = time.monotonic() + _END_S
-        if status is not None:
-            break
-        if warned:
-            child.send_signal(warned.pop())
-        if stopped and not asked:
-            asked = True
-            child.send_signal(signal.SIGTERM)
-        if note is not None and (stopped or note["lost"] or time.monotonic() > deadline):  # it would wait for what is lost
-            world.end_process(child, _END_S / 2 if stopped else 1.0)
-        else:
-            errors.pass_on(_LOOK_S, *([report] if report is not None and not ended else []))
-    errors.close()
-    _clear_after(child, started)
-    _wait_for_nodes(plan)
-    if stopped:
-        return 128 + stopped[0]
-    if note is None:
-        who = "the head" if command == world.MEMBER_COMMAND else "rank 0" if report is not None else "mpirun"
-        click.echo(f"hpc-ray: the session is over before the script is: {who} has ended without a word (exit code {status})", err=True)
-        return 137
-    return int(note["exit"]) or (1 if note["lost"] else 0)
-
-
-def _clear_after(child: subprocess.Popen[bytes], started: dict[int, int]) -> None:
-    """What an mpirun leaves when a host is lost: agents, which wait for an answer of it (by pid and start), and its own folder."""
-    for pid, start in started.items():
-        if start and session.process_start(pid) == start:
-            os.kill(pid, signal.SIGKILL)
-    shutil.rmtree(os.path.join(tempfile.gettempdir(), f"ompi.{child.pid}"), ignore_errors=True)
-
-
-def _wait_for_nodes(plan: dict[str, Any]) -> None:
-    """Nodes on this host end with their links; what they left is swept."""
-    deadline = time.monotonic() + _END_S
-    while time.monotonic() < deadline:
-        mine = [name for name, _ in session.running() if name.endswith(plan["tag"])]
-        if not mine:
-            break
-        time.sleep(0.02)
-    session.sweep()
 
 
 # ------------------------------------------------------------------ start, stop, status

@@ -136,6 +136,7 @@ class Rank:
         self.driver = 0  # pid
         self.driver_status: int | None = None
         self.lost = ""  # the host without which it cannot go on
+        self.ended_by = ""  # who ends us from outside: ``hpc-ray run`` itself, else a launcher that has lost a host
         self.early_signal = 0  # that came before there was a link
         if signals.in_job():
             for number in signals.DRAINING:
@@ -464,12 +465,12 @@ class Rank:
         """The script's exit code, to ``hpc-ray run``; the first one counts."""
         if self.report is not None:
             try:
-                channel.send_note(self.report, {"exit": code, "lost": self.lost})
+                channel.send_note(self.report, {"exit": code, "lost": self.lost or self.ended_by})
             except OSError:
                 pass
         elif self.place.rank == 0 and self.plan["report"] and not self.reported:  # it is on another host
             self.reported = True
-            os.write(2, last_words(self.plan["tag"], code, bool(self.lost)))
+            os.write(2, last_words(self.plan["tag"], code, self.lost))
 
     def _finalize(self, code: int) -> None:
         self.send_report(code)
@@ -822,6 +823,7 @@ class Link:
             if self.rank.driver and self.rank.driver_status is None:
                 os.kill(self.rank.driver, number)
             if not self.drains:
+                self.rank.ended_by = "mpirun has ended its ranks"
                 self.stop("SIGTERM", code=143)
         if self.rank.driver and self.rank.driver_status is None:
             pid, status = os.waitpid(self.rank.driver, os.WNOHANG)

@@ -15,9 +15,9 @@ from typing import Any
 _START = b"\x1ehpc-ray:exit:"
 
 
-def last_words(tag: str, code: int, lost: bool) -> bytes:
-    """The line by which rank 0 says the script's exit code, and whether a host was lost; ``tag`` is the world's."""
-    return _START + f"{tag}:{code}:{lost:d}\n".encode()
+def last_words(tag: str, code: int, lost: str) -> bytes:
+    """The line by which rank 0 says the script's exit code, and what the session was lost with; ``tag`` is the world's."""
+    return _START + f"{tag}:{code}:{' '.join(lost.split())}\n".encode()
 
 
 class Relay:
@@ -27,7 +27,7 @@ class Relay:
         """``source`` becomes non-blocking and is closed by ``close``."""
         self.note: dict[str, Any] | None = None  # as rank 0 would send it
         self._source, self._target = source, target
-        self._pattern = re.compile(re.escape(_START + f"{tag}:".encode()) + rb"(\d+):([01])\r?\n")
+        self._pattern = re.compile(re.escape(_START + f"{tag}:".encode()) + rb"(\d+):([^\r\n]*)\r?\n")
         self._held = b""
         self._ended = False
         os.set_blocking(source, False)
@@ -54,7 +54,7 @@ class Relay:
         text = self._held + data
         found = self._pattern.search(text)
         if found:
-            self.note = {"exit": int(found.group(1)), "lost": found.group(2) == b"1"}
+            self.note = {"exit": int(found.group(1)), "lost": found.group(2).decode(errors="replace")}
             text = text[: found.start()] + text[found.end() :]
         # Held back: a line that may be the last words but is not whole yet, or the beginning of their beginning.
         at = text.rfind(_START)

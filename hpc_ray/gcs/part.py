@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 class Part(Machine):
     """Names that cross the files' borders."""
 
+    stopping = False  # the session ends
     epoch_offset = 0.0  # time of day minus the clock of events
     views: dict[int, NodeView]
     living: list[NodeView]
@@ -26,7 +27,10 @@ class Part(Machine):
     asker: tuple[int, int]  # address and request id of the Query being answered
 
     def journal(self, kind: str, key: bytes, value: msgspec.Struct | bytes | None) -> None:
-        """Make it durable before anything of this event is sent (JOURNAL-1)."""
+        """Make it durable before anything of this event is sent (JOURNAL-1). Once the session ends that is over: processes end with it,
+        and the next one is to have what they kept alive."""
+        if self.stopping:
+            return
         if value is not None and not isinstance(value, bytes):
             value = msgspec.msgpack.encode(value)
         self.act(Journal(kind, key, value))

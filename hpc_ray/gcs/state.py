@@ -5,7 +5,7 @@ with its invariants; here are the questions, the deaths that concern several par
 end. Relies on ``machine``, ``scheduling``, ``protocol``; called by ``gcs.server`` and the simulator.
 
 GCS-1 (off the path): no event comes here for a task or an actor call (the simulator counts).
-GCS-2 (replay): ``replay`` of the journal's records gives equal ``durable()``.
+GCS-2 (replay): ``replay`` of the journal's records gives equal ``durable()``, as it was before Shutdown.
 """
 
 from __future__ import annotations

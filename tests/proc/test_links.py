@@ -64,7 +64,7 @@ def test_messages_and_objects_arrive_whole():
 # ------------------------------------------------------------------ virtual nodes
 
 
-@pytest.fixture(params=["mpi", "tcp"])
+@pytest.fixture(params=["mpi", "tcp"], ids=["over-mpi", "over-tcp"])  # "mpi" alone is a mark of pytest-mpi
 def transport(request, monkeypatch):
     monkeypatch.setenv("HPC_RAY_TRANSPORT", request.param)
     return request.param
@@ -461,3 +461,40 @@ def test_too_much_memory_for_virtual_nodes():
         local.start_cluster(num_nodes=2, object_store_memory=1 << 50, settings=Settings())
     with pytest.raises(ConfigurationError, match="too many for this host"):
         local.start_cluster(num_nodes=100_000)
+
+
+# ------------------------------------------------------------------ relaunch
+
+RESUMED = """
+import os, signal
+import hpc_ray as ray
+from hpc_ray.experimental import internal_kv
+ray.init(namespace="kept", object_store_memory=128 << 20)
+before = int(os.environ["HPC_RAY_RELAUNCHED"])
+@ray.remote(num_cpus=0)
+class Keeper:
+    def where(self):
+        return os.getpid()
+if before == 0:
+    keeper = Keeper.options(name="keeper", lifetime="detached").remote()
+    group = ray.util.placement_group([{"CPU": 1}], name="group", lifetime="detached")
+    ray.get([keeper.where.remote(), group.ready()])
+    internal_kv._internal_kv_put(b"key", b"value")
+    print("first", flush=True)
+    os.kill(os.getppid(), signal.SIGKILL)
+    signal.pause()
+keeper = ray.get_actor("keeper")
+assert ray.get(keeper.where.remote(), timeout=60)
+assert ray.get(ray.util.get_placement_group("group").ready(), timeout=60)
+assert internal_kv._internal_kv_get(b"key") == b"value"
+print("second", before, len(ray.nodes()), flush=True)
+"""
+
+
+def test_a_lost_session_resumes(transport, tmp_path):
+    path = tmp_path / "resumed.py"
+    path.write_text(RESUMED)
+    done = finished([*HPC_RAY, "run", "-q", "-n", "2", "--nodes", "2", "--num-cpus", "2", "--relaunch", "2", str(path)], timeout_s=100)
+    assert done.returncode == 0 and done.stdout.splitlines() == ["first", "second 1 2"], done
+    assert "relaunch 1 of 2 on this host" in done.stderr and "without a word" in done.stderr, done.stderr
+    assert not [name for name in os.listdir(os.environ["TMPDIR"]) if name.startswith("hpc_ray-journal")]

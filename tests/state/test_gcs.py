@@ -663,6 +663,10 @@ def test_journal_brings_everything_back(kind, tmp_path):
     state = GcsState()
     state.replay(journal.load())
     assert state.durable() == gcs.state.durable()
+    gcs.tell(p.Shutdown("its node ends"), 0)  # whose processes end with it; what they kept alive goes on
+    gcs.tell(p.ProcessDied(address_of(0, 51, 1), b"", 1, 0, p.DeathCause("INTENDED_EXIT", "shutdown")), raylet_address(0))
+    state = GcsState()
+    state.replay(journal.load())
     again = Gcs([], state=state, journal=journal)
     assert again.info().state == ActorState.DEAD
     assert again.info(b"d" * 16).state == ActorState.RESTARTING

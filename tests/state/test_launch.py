@@ -158,13 +158,13 @@ def relay():
 @pytest.mark.parametrize("cut", range(1, 40))
 def test_last_words_are_heard_and_not_shown(relay, cut):
     """However the pipe cuts them, and whatever the script has printed before them without an end of its line."""
-    whole = b"50 %\r100 %" + last_words("ab12", 7, False) + b"bye\n"
+    whole = b"50 %\r100 %" + last_words("ab12", 7, "host b") + b"bye\n"
     assert relay.sift(whole[:cut]) + relay.sift(whole[cut:]) == b"50 %\r100 %bye\n"
-    assert relay.note == {"exit": 7, "lost": False}
+    assert relay.note == {"exit": 7, "lost": "host b"}
 
 
 def test_other_lines_are_passed_on_at_once(relay):
     assert relay.sift(b"Epoch 1: 50 %") == b"Epoch 1: 50 %"
     assert relay.sift(b"a \x1e b\n") == b"a \x1e b\n"
-    assert relay.sift(last_words("another", 3, True)) == last_words("another", 3, True)  # a world inside of this one
+    assert relay.sift(last_words("another", 3, "")) == last_words("another", 3, "")  # a world inside of this one
     assert relay.note is None

@@ -3,8 +3,9 @@
 import os
 import socket
 
-import hpc_ray as ray
 import numpy as np
+
+import hpc_ray as ray
 from hpc_ray.exceptions import ActorDiedError
 from hpc_ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
