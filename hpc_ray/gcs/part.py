@@ -23,7 +23,6 @@ class Part(Machine):
     living: list[NodeView]
     room_version: int
     view_changed: bool  # room may have appeared: try again what waits
-    stopping: bool
     asker: tuple[int, int]  # address and request id of the Query being answered
 
     def journal(self, kind: str, key: bytes, value: msgspec.Struct | bytes | None) -> None:

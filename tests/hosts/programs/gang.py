@@ -45,9 +45,10 @@ assert sorted(ray.get(gang.where.remote())) == [(name, "yes") for name in names]
 try:
     ray.get(gang.dies_on.remote(size - 1))
 except ActorDiedError as error:
-    assert f"of {size} of Gang" in str(error), error
+    said = str(error)
 else:
     raise AssertionError("it lives")
+assert f"of {size} of Gang" in said, said
 done = ray.mpi_run(["hostname"], ranks=size, ranks_per_node=1, num_cpus=0.25)
 assert sorted(done.stdout.split()) == names, done
 print("RIGHT", *names)
