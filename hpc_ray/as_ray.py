@@ -26,7 +26,6 @@ _UNUSABLE = "data"
 # What libraries take from Ray's private modules, for which there is a public place here.
 _PRIVATE = {
     "_private.services": {"get_node_ip_address": "hpc_ray.util"},
-    "_private.internal_api": {},
 }
 
 
