@@ -154,7 +154,7 @@ test-mpi: $(VENV)/.installed
 # The tests with processes once more, with the other MPI.
 test-mpich: $(MPICH_VENV)/.installed
 	@$(call mpi_ranks,$(MPICH_VENV),)
-	$(TIMED) $(MPICH_VENV)/bin/pytest tests/mpi tests/proc tests/slurm/test_launch.py $(PYTEST_ARGS) || test $$? = 5
+	$(TIMED) $(MPICH_VENV)/bin/pytest tests/mpi tests/proc tests/hosts/test_mpi.py tests/slurm/test_launch.py $(PYTEST_ARGS) || test $$? = 5
 
 test-python: $(VENV)/.libraries $(VENV)/.installed
 	$(PYTEST) -m 'not stress' --ignore=tests/stress $(PYTEST_ARGS)
