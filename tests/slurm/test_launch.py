@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 from slurm_programs import HOSTS, INNER
 from slurm_site import HPC_RAY
@@ -72,3 +74,15 @@ def test_mpirun_in_sbatch(slurm, hosts):
     ended = slurm.run("sbatch", "--wait", str(script))
     assert "hosts 2 " in (slurm.folder / "mpirun.out").read_text()
     assert ended.returncode != 0
+
+
+@pytest.mark.parametrize("launch", ["srun", "mpirun"])
+def test_a_gang_on_all_hosts_of_a_job(slurm, launch):
+    """Its ranks are a step of their own there, by the means of the allocation."""
+    script = str(Path(__file__).parents[1] / "hosts" / "programs" / "gang.py")
+    started = ["srun", f"--mpi={slurm.mpi}"] if launch == "srun" else ["mpirun"]
+    ended = slurm.run("salloc", "-N2", "-c2", "--ntasks-per-node=1", *started, HPC_RAY, "run", script, timeout_s=90)
+    assert ended.returncode == 0, ended.stdout + ended.stderr
+    assert ended.stdout.splitlines()[-1].startswith("RIGHT "), ended.stdout + ended.stderr
+    if slurm.box is not None:
+        slurm.await_nothing_left()
