@@ -31,6 +31,7 @@ _LENGTH = struct.Struct("<Q")
 _PLAIN = frozenset({int, float, bool, type(None), str, complex})
 _SHORT = 4096  # bytes: copying so many costs less than a view on them
 _NO_BUFFERS = _HEADER.pack(PICKLE, 0, 0)  # the header where everything is in the pickle
+_PICKLED = slice(_HEADER.size, None)  # of such data
 _dumps, _loads = pickle.dumps, pickle.loads
 
 
@@ -177,7 +178,7 @@ def _flat(buffer: pickle.PickleBuffer) -> memoryview:
 def deserialize(data: Any) -> Any:
     """The value in ``data`` (bytes or a buffer in the arena); arrays in it are views on ``data`` that keep it alive."""
     if type(data) is bytes and len(data) < _SHORT and data.startswith(_NO_BUFFERS):
-        return _loads(data[16:])
+        return _loads(data[_PICKLED])
     view = memoryview(data)
     kind, count, length = _HEADER.unpack_from(view)
     if count == 0:
