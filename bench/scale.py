@@ -108,7 +108,7 @@ class Here:
                     continue
                 free = statistics.median(value[1] for value in values)
                 said = {key: values[0][2][key] for key in ("each", "tasks", "count", "size") if key in values[0][2]}
-                options = {"shared": True, "cpus": 1, "cores": machine()["cores"], "speed": round(free, 3)}
+                options = {"shared": True, "cpus": 1, "cores": machine()["cores"], "ours": round(min(free, 0.98), 3)}
                 scenes = f"{row},actors" if row == "recovery" else row
                 of = "actors" if row == "recovery" else row
                 said = {"count": nodes} if row == "recovery" else said

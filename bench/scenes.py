@@ -97,7 +97,7 @@ class Cluster:
         """Processor time by kind of process, of those that live."""
         found: dict[str, float] = defaultdict(float)
         for process in self.simulator.processes.values():
-            found[type(process).__name__.lower()] += process.busy_s * self.simulator.speed
+            found[type(process).__name__.lower()] += process.busy_s
         return found
 
     # -- the scenes

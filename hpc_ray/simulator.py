@@ -162,25 +162,50 @@ class Prices(msgspec.Struct, frozen=True, kw_only=True):
         return below[1]
 
 
-class Host:
-    """Cores; whoever is ready first gets the next free one, for as long as what it found in its queue takes."""
+SLICE_S = 3e-3  # other programs have a core for so long at a time
 
-    def __init__(self, simulator: Simulator, cores: int, speed: float):
+
+class Host:
+    """Cores; of those that are ready who has had least gets the next free one, as the kernel has it, for as long as what it found in
+    its queue takes. Of each core other programs have all but the share ``ours``."""
+
+    def __init__(self, simulator: Simulator, cores: int, ours: float):
         self.simulator = simulator
         self.free = cores
-        self.speed = speed  # below 1 where other programs take a share
-        self.ready: deque[Process] = deque()
+        self.ready: list[tuple[float, int, Process]] = []  # heap, by what they have had
+        self._had_s = 0.0  # by who got a core last: who has slept does not make up for it
+        self._order = itertools.count()
+        self._away_s = SLICE_S * ours / (1 - ours) if ours < 1 else 0.0
+        self._others = 0  # that want a core
+        for _ in range(cores if ours < 1 else 0):
+            simulator.after(simulator.random.random() * (SLICE_S + self._away_s), self._other_comes)
+
+    def _other_comes(self) -> None:
+        self._others += 1
+        self.dispatch()
+
+    def _other_goes(self) -> None:
+        self.free += 1
+        self.simulator.after(self._away_s * 2 * self.simulator.random.random(), self._other_comes)
+        self.dispatch()
 
     def add(self, process: Process) -> None:
-        self.ready.append(process)
+        process.had_s = max(process.had_s, self._had_s)
+        heapq.heappush(self.ready, (process.had_s, next(self._order), process))
         self.dispatch()
 
     def dispatch(self) -> None:
+        while self.free and self._others:
+            self._others -= 1
+            self.free -= 1
+            self.simulator.after(SLICE_S, self._other_goes)
         while self.free and self.ready:
-            process = self.ready.popleft()
+            had_s, _, process = heapq.heappop(self.ready)
+            self._had_s = max(self._had_s, had_s)
             if process.alive:
                 self.free -= 1
-                seconds = process.take_turn() / self.speed
+                seconds = process.take_turn()
+                process.had_s += seconds
                 process.busy_s += seconds
                 self.simulator.after(seconds, lambda process=process: self._end(process))  # type: ignore[misc]
 
@@ -189,7 +214,7 @@ class Host:
         if process.alive:
             process.end_turn()
             if process.inbox:
-                self.ready.append(process)
+                heapq.heappush(self.ready, (process.had_s, next(self._order), process))
             else:
                 process.awake = False
                 process.rest()
@@ -207,6 +232,7 @@ class Process:
         self.address = address
         self.alive = True
         self.busy_s = 0.0
+        self.had_s = 0.0  # of its host's cores, since everybody has had as much
         simulator.processes[address] = self
         if simulator.prices is not None:
             self.host = simulator.host_of(node_of(address))
@@ -478,6 +504,7 @@ class Arena:
 
 
 SPIN_S, FIRST_PARK_S, LIVELY_S = 500e-6, 50e-6, 2e-3  # as launcher.link's
+LOOKS_S = 10e-6  # while it looks without a pause: so many looks are one turn
 PARKS_S = ((1.0, 1e-3), (10.0, 2e-3), (float("inf"), 8e-3))
 
 
@@ -520,7 +547,10 @@ class Link(Process):
         if self._arrived:
             self.inbox.extend(self._arrived)
             self._arrived.clear()
-        return super().take_turn()
+        found = bool(self.inbox)
+        seconds = super().take_turn()
+        spins = self.simulator.shared and not found and self.simulator.now - self._quiet_since < SPIN_S
+        return max(seconds, LOOKS_S) if spins else seconds
 
     def end_turn(self) -> None:
         super().end_turn()
@@ -1003,7 +1033,7 @@ class Simulator:
         keep_log: the states keep their event logs, for replay.
         prices: of what takes time on a core; None: nothing does.
         cores: of each host.
-        speed: of a core, as a share of the one where the prices were measured; below 1 where other programs use it too.
+        ours: share of the cores that other programs leave.
         shared: all nodes are on one host.
         aware: only so many nodes keep a view of the others. The rest are redirected to, and redirect nobody, so that it is
             enough to count what news of other nodes costs them: ten thousand views of ten thousand nodes fit nowhere.
@@ -1021,7 +1051,7 @@ class Simulator:
         arena_bytes: int = 1 << 30,
         prices: Prices | None = None,
         cores: int = 2,
-        speed: float = 1.0,
+        ours: float = 1.0,
         shared: bool = False,
         aware: int = 1 << 16,
         stopwatch: Callable[[str, Machine, Any, int, float], list[Action]] | None = None,
@@ -1031,8 +1061,7 @@ class Simulator:
         self.shared = shared
         self.aware = aware
         self.stopwatch = stopwatch
-        self.speed = speed
-        self._cores = cores
+        self._cores, self._ours = cores, ours
         self._hosts: dict[int, Host] = {}
         self._sized: tuple[Any, int] = (None, 0)
         self._busy_lines: dict[tuple[int, bool], float] = {}
@@ -1126,7 +1155,7 @@ class Simulator:
     def host_of(self, node: int) -> Host:
         number = 0 if self.shared else node
         if number not in self._hosts:
-            self._hosts[number] = Host(self, self._cores, self.speed)
+            self._hosts[number] = Host(self, self._cores, self._ours)
         return self._hosts[number]
 
     def hand_over(self, source: int, destination: int, message: Any) -> None:
@@ -1209,7 +1238,7 @@ class Simulator:
         if self.prices is None:
             raylet.start()
         else:
-            self.after(launch_s / self.speed, lambda: raylet.do_later(boot_s, raylet.start))
+            self.after(launch_s / self._ours, lambda: raylet.do_later(boot_s, raylet.start))
         return raylet
 
     def add_worker(self, node: int, token: int) -> Worker:
