@@ -164,12 +164,12 @@ def test_the_mpi_of_srun_follows_the_library(library, offered, chosen):
 
 
 def test_templates_are_batch_scripts():
-    """bash can read them, and each starts ranks by srun as its last act."""
+    """bash can read them, and each starts ranks by srun, or nodes over TCP, as its last act."""
     found = sorted(Path(job.__file__).with_name("templates").glob("*.sbatch"))
-    assert [path.name for path in found] == ["array.sbatch", "one_node.sbatch", "several_nodes.sbatch"]
+    assert [path.name for path in found] == ["array.sbatch", "one_node.sbatch", "several_nodes.sbatch", "survive_nodes.sbatch"]
     for path in found:
         lines = path.read_text().splitlines()
-        assert lines[0] == "#!/bin/bash" and lines[-1].startswith("exec srun ")
+        assert lines[0] == "#!/bin/bash" and lines[-1].startswith("exec hpc-ray run --survive-nodes " if path.stem == "survive_nodes" else "exec srun ")
         assert subprocess.run(["bash", "-n", str(path)], capture_output=True).returncode == 0
         head = [number for number, line in enumerate(lines) if line.startswith("#SBATCH")]
         first_command = next(number for number, line in enumerate(lines) if line and not line.startswith("#"))
