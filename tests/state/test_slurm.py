@@ -169,7 +169,8 @@ def test_templates_are_batch_scripts():
     assert [path.name for path in found] == ["array.sbatch", "one_node.sbatch", "several_nodes.sbatch", "survive_nodes.sbatch"]
     for path in found:
         lines = path.read_text().splitlines()
-        assert lines[0] == "#!/bin/bash" and lines[-1].startswith("exec hpc-ray run --survive-nodes " if path.stem == "survive_nodes" else "exec srun ")
+        last = "exec hpc-ray run --survive-nodes " if path.stem == "survive_nodes" else "exec srun "
+        assert lines[0] == "#!/bin/bash" and lines[-1].startswith(last)
         assert subprocess.run(["bash", "-n", str(path)], capture_output=True).returncode == 0
         head = [number for number, line in enumerate(lines) if line.startswith("#SBATCH")]
         first_command = next(number for number, line in enumerate(lines) if line and not line.startswith("#"))
