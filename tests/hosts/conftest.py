@@ -84,7 +84,7 @@ class Hosts:
         """No process and no file of anybody on these hosts, which were empty. ``but``: what is not ours to end."""
         deadline = time.monotonic() + GONE_S
         for host in hosts:
-            while left := [trace for trace in self.traces(host) if but not in trace]:
+            while left := [trace for trace in self.traces(host) if but not in trace.lower()]:
                 assert time.monotonic() < deadline, f"left on node{host}:\n  " + "\n  ".join(left)
                 time.sleep(0.1)
 

@@ -63,7 +63,7 @@ def test_a_host_is_lost(fault, hosts):
     assert process.returncode not in (0, None) and "right" not in out, (out, err)
     assert err.count("hpc-ray: node 2 on node3 is lost") + err.count("the session is over before the script is") == 1, err
     if fault == "partition":
-        hosts.await_nothing_left(but="prted")  # Open MPI's daemon may wait for its mpirun for minutes there
+        hosts.await_nothing_left(but="prte")  # Open MPI's daemon may wait for its mpirun for minutes there
         return
     hosts.tool("start-node", 3)
     hosts.await_nothing_left()
