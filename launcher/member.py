@@ -45,6 +45,7 @@ class Started(NamedTuple):
     hosts: list[str]
     options: dict[str, Any] | None  # amounts; None: those of all
     request: int  # of whoever holds the control channel; -1: it belongs to the start
+    pidfd: int  # readable when it has ended
 
 
 class Member(link.Rank):
@@ -167,7 +168,7 @@ class Member(link.Rank):
         finally:
             if source >= 0:
                 os.close(source)
-        return Started(process, names, options, request)
+        return Started(process, names, options, request, os.pidfd_open(process.pid))
 
     # -- the others
 
@@ -369,6 +370,7 @@ class Head(_Bridge):
             if code is None:
                 continue
             self.started.remove(one)
+            os.close(one.pidfd)  # with which it leaves the doorbell, that would ring for ever
             if one.request in self.unanswered:
                 if not any(request == one.request for _, request in self.awaited.values()):
                     self.reply(one.request, {"error": f"the node's process ended with {code} before it was let in"})
@@ -425,7 +427,7 @@ class Head(_Bridge):
 
     def awaken_at_end_of(self, one: Started) -> None:
         assert self.doorbell is not None
-        self.doorbell.add(os.pidfd_open(one.process.pid))
+        self.doorbell.add(one.pidfd)
 
     def reply(self, request: int, note: dict[str, Any]) -> None:
         self.unanswered.discard(request)
