@@ -43,7 +43,7 @@ class Cluster:
         head_node_args: amounts of the head, as for ``add_node``.
         shutdown_at_exit: end the cluster with this process.
         max_nodes: how many nodes there can be over the cluster's whole life (removed ones count); by default
-            ``HPC_RAY_CLUSTER_NODES`` or 5.
+            ``HPC_RAY_CLUSTER_NODES`` or 5. Over TCP (``HPC_RAY_TRANSPORT=tcp``) there is no need of a limit, and none.
 
     Raises:
         LaunchError: MPI is missing, or the nodes did not come up.

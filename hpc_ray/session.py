@@ -126,7 +126,8 @@ def init(
         namespace: of named actors; default: that of job_config, or one of its own.
         runtime_env: of all tasks and actors that do not say another (see ``RuntimeEnv``). Local folders are sent to the nodes.
         job_config: a ``JobConfig``; ``runtime_env`` and ``namespace`` go before its own.
-        num_nodes (keyword): this many virtual nodes, which share nothing but MPI; the amounts are each node's.
+        num_nodes (keyword): this many virtual nodes, which share nothing but MPI, or TCP (``HPC_RAY_TRANSPORT=tcp``); the amounts are
+            each node's.
         object_spilling_directory (keyword): a folder on a disk of each node, for objects that the store has no room for; default:
             the session's folder, below ``SLURM_TMPDIR``, ``TMPDIR`` or /tmp.
         _system_config (keyword): settings by name, see ``config.Settings``.
