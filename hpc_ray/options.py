@@ -105,7 +105,8 @@ def _strategy(name: str, value: Any) -> None:
 
 def _group(name: str, value: Any) -> None:
     if value not in (None, "default") and not hasattr(type(value), "bundle_specs"):
-        raise TypeError(f"{name} must be a placement group, not a {type(value).__name__}")
+        error = AssertionError if isinstance(value, str) else TypeError  # as Ray's
+        raise error(f"{name} must be a placement group, not a {type(value).__name__}")
 
 
 def _lifetime(name: str, value: Any) -> None:

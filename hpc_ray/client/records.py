@@ -72,7 +72,8 @@ def describe_error(payload: bytes) -> tuple[str, str]:
     except Exception:
         return "TASK_EXECUTION_EXCEPTION", ""
     text = str(error)[:LONGEST_ERROR]
-    if not isinstance(error, RayTaskError):
+    if not isinstance(error, RayTaskError) or isinstance(error.cause, exceptions.TaskCancelledError):
+        error = getattr(error, "cause", error)
         for kind, name in _ERROR_TYPES.items():
             if isinstance(error, kind):
                 return name, text

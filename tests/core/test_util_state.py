@@ -160,7 +160,7 @@ def test_a_constructor_that_fails(ray):
         ray.get(actor.method.remote())
     (row,) = state.list_tasks(filters=[("name", "=", "Unmade.__init__")], detail=True)
     assert (row.state, row.error_type) == ("FAILED", "TASK_EXECUTION_EXCEPTION") and "not today" in row.error_message
-    (actor_row,) = state.list_actors(filters=[("class_name", "=", "Unmade")], detail=True)
+    (actor_row,) = state.list_actors(filters=[("class_name", "=", "test_a_constructor_that_fails.<locals>.Unmade")], detail=True)
     assert "not today" in actor_row.death_cause["creation_task_failure_context"]["formatted_exception_string"]
 
 

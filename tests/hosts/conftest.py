@@ -16,12 +16,13 @@ import pytest
 HERE = Path(__file__).parent
 PROGRAMS = HERE / "programs"
 TOOL = HERE.parent / "testbed" / "netns-cluster"
+SHARED = [str(HERE.parents[1]), sys.prefix, sys.base_prefix]  # also where they are below /tmp, which each host has for itself
 HOSTS = 3
 GONE_S = 15.0
 
 # Everything but init and the asker itself; files of /tmp and /dev/shm.
 _TRACES = """
-import os
+import os, sys
 for pid in filter(str.isdigit, os.listdir("/proc")):
     try:
         command = open(f"/proc/{pid}/cmdline", "rb").read().replace(b"\\0", b" ").decode(errors="replace")[:150]
@@ -32,7 +33,10 @@ for pid in filter(str.isdigit, os.listdir("/proc")):
         print("process", pid, command)
 for top in ("/tmp", "/dev/shm"):
     for folder, folders, files in os.walk(top):
+        folders[:] = [name for name in folders if os.path.join(folder, name) not in sys.argv[1:]]
         for name in folders + files:
+            if any(path.startswith(os.path.join(folder, name) + "/") for path in sys.argv[1:]):
+                continue  # on the way to what the hosts share
             if "torchinductor" not in folder + name and "hydra_hwloc" not in name:  # of torch, and of an MPICH that is killed
                 print("file", os.path.join(folder, name))
 """
@@ -76,7 +80,7 @@ class Hosts:
         return subprocess.CompletedProcess(process.args, process.returncode, out, err)
 
     def traces(self, host: int) -> list[str]:
-        done = self.run(host, sys.executable, "-S", "-c", _TRACES)
+        done = self.run(host, sys.executable, "-S", "-c", _TRACES, *SHARED)
         assert done.returncode == 0, done.stderr
         return done.stdout.splitlines()
 
@@ -98,7 +102,8 @@ def machines() -> Iterator[Hosts]:
         pytest.skip(f"hosts of network namespaces need {', '.join(missing)} (iproute2, util-linux)")
     hosts = Hosts()
     try:
-        up = subprocess.run([str(TOOL), "up", str(HOSTS)], env=hosts.environment, capture_output=True, text=True, timeout=60, check=False)
+        line = [str(TOOL), "up", str(HOSTS), "--visible", *SHARED]
+        up = subprocess.run(line, env=hosts.environment, capture_output=True, text=True, timeout=60, check=False)
         if up.returncode:
             pytest.skip(f"this machine allows no hosts of network namespaces: {up.stderr.strip()}")
         yield hosts

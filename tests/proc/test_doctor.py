@@ -73,6 +73,7 @@ def test_a_library_that_crashes_is_told_of(tmp_path, monkeypatch):
     (tmp_path / "cupy.py").write_text("import os\nos.abort()\n")
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0")
+    monkeypatch.delenv("PYTHONFAULTHANDLER", raising=False)  # it would have more to say
     found = facts.gpus(30.0)
     assert found["ids"] == ["0"] and "exit code -6" in found["cuda"]["problem"]
 

@@ -497,6 +497,7 @@ def test_a_lost_session_resumes(transport, tmp_path):
     path = tmp_path / "resumed.py"
     path.write_text(RESUMED)
     done = finished([*HPC_RAY, "run", "-q", "-n", "2", "--nodes", "2", "--num-cpus", "2", "--relaunch", "2", str(path)], timeout_s=100)
-    assert done.returncode == 0 and done.stdout.splitlines() == ["first", "second 1 2"], done
+    said = [line for line in done.stdout.splitlines() if line.startswith(("first", "second"))]  # MPICH's mpirun has its say there too
+    assert done.returncode == 0 and said == ["first", "second 1 2"], done
     assert "relaunch 1 of 2 on this host" in done.stderr and "without a word" in done.stderr, done.stderr
     assert not [name for name in os.listdir(os.environ["TMPDIR"]) if name.startswith("hpc_ray-journal")]
