@@ -212,6 +212,7 @@ class Task:
 
 
 TASK_BYTES = 1500  # that a remembered task takes besides its arguments, about
+_ROOTS = 1000  # errors of arguments whose first cause is remembered
 
 
 class CallPacker:
@@ -222,6 +223,8 @@ class CallPacker:
         self.objects = client.objects
         self.lineage: dict[bytes, Task] = {}  # finished tasks that are remembered, oldest first (OBJ-5)
         self.lineage_bytes = 0
+        self.failing: deque[tuple[Task, Result]] = deque()  # the first one's consequences are being drawn
+        self.roots: dict[bytes, bytes] = {}  # the latest errors of arguments → the error that each goes back to
 
     def pack(self, task: Task, args: tuple, kwargs: dict) -> None:
         """Pack the arguments and take the holds. Takes the client's lock.
@@ -297,7 +300,7 @@ class CallPacker:
             if result is None:
                 return Result(ERROR, dumps(RayError(f"argument {entry.id.hex()} was freed before the task could run")))
             if result.kind == ERROR:
-                return Result(ERROR, dumps(_ErrorOfArgument(task.template.name, result.payload)))
+                return self.error_of(task, result.payload)
             if result.contained:
                 result = Result(result.kind, result.payload, result.node, result.handle, result.size)
             found.append(Dependency(entry.id, result, slot, entry.places or []))
@@ -422,8 +425,28 @@ class CallPacker:
             self.lineage_bytes -= task.record_bytes
 
     def fail(self, task: Task, error: BaseException | Result) -> None:
-        result = error if isinstance(error, Result) else Result(ERROR, dumps(error))
-        self.finish(task, [result] * max(1, len(task.returns)) if task.stream is not None else [result] * len(task.returns))
+        """Those that wait for its results fail too, and so on: one after the other, for a chain may be longer than the stack."""
+        failing = self.failing
+        failing.append((task, error if isinstance(error, Result) else Result(ERROR, dumps(error))))
+        if len(failing) > 1:
+            return
+        try:
+            while failing:
+                task, result = failing[0]
+                self.finish(task, [result] * (max(1, len(task.returns)) if task.stream is not None else len(task.returns)))
+                failing.popleft()
+        except BaseException:
+            failing.clear()
+            raise
+
+    def error_of(self, task: Task, payload: bytes) -> Result:
+        """What a task fails with whose argument has failed. However long the chain, it carries the first error only."""
+        root = self.roots.get(payload, payload)
+        made = dumps(_ErrorOfArgument(task.template.name, root))
+        self.roots[made] = root
+        if len(self.roots) > _ROOTS:
+            del self.roots[next(iter(self.roots))]
+        return Result(ERROR, made)
 
 
 class _ErrorOfArgument:

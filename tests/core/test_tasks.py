@@ -621,3 +621,25 @@ def test_short_tasks_then_long_ones(ray, gate):
     assert ray.get([sometimes.remote(gate, False) for _ in range(50)], timeout=30) == ["quick"] * 50
     gate.open()
     assert ray.get(slow) == ["passed"] * 3
+
+
+def test_a_long_chain_behind_a_failure(ray, gate):
+    """Longer than Python's stack; its error carries the first one only."""
+
+    @ray.remote
+    def fails(gate):
+        gate.wait()
+        raise ValueError("at the root")
+
+    @ray.remote
+    def passes_on(value):
+        return value
+
+    reference = fails.remote(gate)
+    for _ in range(3000):
+        reference = passes_on.remote(reference)
+    gate.open()
+    with pytest.raises(ValueError, match="at the root") as caught:
+        ray.get(reference, timeout=60)
+    assert type(caught.value.cause) is ValueError and len(str(caught.value)) < 2000
+    assert ray.get(passes_on.remote(1)) == 1
