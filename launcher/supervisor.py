@@ -133,6 +133,7 @@ def supervise(command: list[str], plan: dict[str, Any], more: dict[str, str] | N
             try:
                 report, _ = listener.accept()
                 report.setblocking(False)
+                started = _children(child)
             except BlockingIOError:
                 pass
         while report is not None and not ended:
@@ -146,7 +147,7 @@ def supervise(command: list[str], plan: dict[str, Any], more: dict[str, str] | N
                 note = note or said  # the first one counts
         note = note or errors.note
         if note is not None and deadline == float("inf"):
-            started = {pid: session.process_start(pid) for pid in session.children(child.pid)}
+            started |= _children(child)
             deadline = time.monotonic() + _END_S
         if status is not None:
             break
@@ -173,6 +174,10 @@ def supervise(command: list[str], plan: dict[str, Any], more: dict[str, str] | N
     text = f"{who} has ended without a word (exit code {status})"
     link.say(f"the session is over before the script is: {text}")
     return Outcome(137, text)
+
+
+def _children(child: subprocess.Popen[bytes]) -> dict[int, int]:
+    return {pid: session.process_start(pid) for pid in session.children(child.pid)}
 
 
 def _clear_after(child: subprocess.Popen[bytes], started: dict[int, int]) -> None:
