@@ -151,17 +151,21 @@ endef
 test-mpi: $(VENV)/.installed
 	@$(call mpi_ranks,$(VENV),--map-by slot:OVERSUBSCRIBE --bind-to none)
 
+# Tests on hosts in a box wait more than they work: they ($(3)) run beside the others ($(2)), and their report comes last.
+define pytest_beside
+@mkdir -p build; $(TIMED) $(1)/bin/pytest $(3) $(PYTEST_ARGS) >build/boxes.txt 2>&1 & boxes=$$!; status=0; \
+$(TIMED) $(1)/bin/pytest $(2) $(PYTEST_ARGS) || status=$$?; \
+wait $$boxes || status=$$(($$? == 5 ? status : $$?)); cat build/boxes.txt; test $$status = 5 || exit $$status
+endef
+
 # The tests with processes once more, with the other MPI.
 test-mpich: $(MPICH_VENV)/.installed
 	@$(call mpi_ranks,$(MPICH_VENV),)
-	$(TIMED) $(MPICH_VENV)/bin/pytest tests/mpi tests/proc tests/hosts/test_mpi.py tests/slurm/test_launch.py $(PYTEST_ARGS) || test $$? = 5
+	$(call pytest_beside,$(MPICH_VENV),tests/mpi tests/proc,tests/hosts/test_mpi.py tests/slurm/test_launch.py)
 
-# Tests on hosts in a box wait more than they work: they run beside the others, and their report comes last.
 BOXES = tests/hosts tests/slurm tests/testbed
 test-python: $(VENV)/.libraries $(VENV)/.installed
-	@mkdir -p build; $(PYTEST) $(BOXES) $(PYTEST_ARGS) >build/boxes.txt 2>&1 & boxes=$$!; status=0; \
-	$(PYTEST) -m 'not stress' --ignore=tests/stress $(BOXES:%=--ignore=%) $(PYTEST_ARGS) || status=$$?; \
-	wait $$boxes || status=$$(($$? == 5 ? status : $$?)); cat build/boxes.txt; exit $$status
+	$(call pytest_beside,$(VENV),-m 'not stress' --ignore=tests/stress $(BOXES:%=--ignore=%),$(BOXES))
 
 # Loads and breaks sessions for minutes; wants a machine on which nothing else of hpc_ray runs.
 stress: $(VENV)/.train $(VENV)/.installed

@@ -41,7 +41,7 @@ class Gang:
 
 
 nodes = [NodeAffinitySchedulingStrategy(node["NodeID"], soft=False) for node in ray.nodes()]
-assert sorted(ray.get([calls.options(scheduling_strategy=node).remote() for node in nodes])) == names
+assert sorted(ray.get(calls.options(scheduling_strategy=node).remote()) for node in nodes) == names  # one gang at a time
 gang = Gang.remote()
 assert sorted(ray.get(gang.where.remote())) == [(name, "yes") for name in names]
 with pytest.raises(ActorDiedError, match=f"of {size} of Gang"):
