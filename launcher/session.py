@@ -121,6 +121,11 @@ def remove_dir(path: str) -> None:
             break
 
 
+def has_folder(base: str, tag: str) -> bool:
+    """Whether a session whose name ends so has nodes on this host, be it at their end. ``base``: of ``base_dir``."""
+    return any(name.endswith(tag) and _entries(os.path.join(base, name)) for name in _entries(base))
+
+
 def remove_files(paths: Iterable[str]) -> None:
     """Files in /dev/shm that an MPI library leaves there when its process is killed, some also when it ends well."""
     for path in paths:

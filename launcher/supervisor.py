@@ -10,6 +10,7 @@ from another host, by its last words (``relay``).
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shlex
@@ -161,7 +162,8 @@ def supervise(command: list[str], plan: dict[str, Any], more: dict[str, str] | N
         else:
             errors.pass_on(_LOOK_S, *([report] if report is not None and not ended else []))
     errors.close()
-    _clear_after(child, started)
+    if command != world.MEMBER_COMMAND:  # the head's agents end with it (MEMBER-3), and its other child is the node, which ends in order
+        _clear_after(child, started)
     _wait_for_nodes(plan)
     listener.close()
     if stopped:
@@ -184,16 +186,16 @@ def _clear_after(child: subprocess.Popen[bytes], started: dict[int, int]) -> Non
     """What an mpirun leaves when a host is lost: agents, which wait for an answer of it (by pid and start), and its own folder."""
     for pid, start in started.items():
         if start and session.process_start(pid) == start:
-            os.kill(pid, signal.SIGKILL)
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
     shutil.rmtree(os.path.join(tempfile.gettempdir(), f"ompi.{child.pid}"), ignore_errors=True)
 
 
 def _wait_for_nodes(plan: dict[str, Any]) -> None:
-    """Nodes on this host end with their links; what they left is swept."""
+    """Nodes on this host end with their links and take their folders away; what one leaves that is killed is swept."""
     deadline = time.monotonic() + _END_S
-    while time.monotonic() < deadline:
-        mine = [name for name, _ in session.running() if name.endswith(plan["tag"])]
-        if not mine:
-            break
-        time.sleep(0.02)
+    base = session.base_dir()
     session.sweep()
+    while session.has_folder(base, plan["tag"]) and time.monotonic() < deadline:
+        time.sleep(0.02)
+        session.sweep()
