@@ -312,6 +312,10 @@ class ProcessLeaving(Message, tag=3):
     reason: str = ""
 
 
+class StayingOn(Message, tag=29):
+    """worker → raylet: I take no more tasks, but others use objects that I own; I leave when they do not any more."""
+
+
 class LeaveHistory(Message, tag=9):
     """worker, driver → raylet, ahead of ProcessLeaving: keep this for those who list tasks."""
 
@@ -350,6 +354,7 @@ class Shutdown(Message, tag=6):
 
     reason: str = ""
     keep_history: bool = False  # the session goes on: send LeaveHistory
+    unless_used: bool = False  # of an idle worker: others may use objects that it owns; then it stays as long, and says StayingOn
 
 
 class EnvironmentFailed(Message, tag=7):
@@ -809,6 +814,13 @@ class ReportResources(Message, tag=72):
     total: Resources
     available: Resources
     pending: list[Resources] = []
+
+
+class DrainNode(Message, tag=101):
+    """anyone → raylet: leave the session, if nothing is lost by it. Answer: Answer with "", or with what the node is needed for."""
+
+    request_id: int
+    reason: str = ""
 
 
 class SetResources(Message, tag=96):

@@ -102,6 +102,8 @@ class RemoteFunction:
     def __init__(self, function: Callable, options: dict[str, Any]):
         check_task(options)
         check_generator(options.get("num_returns"), yields(function), getattr(function, "__name__", "this"))
+        if options.get("num_gpus") and not options.get("mpi_ranks"):
+            options = {"max_calls": 1, **options}  # as in Ray: what a library keeps on the GPU goes with the process
         self._function = function
         self._options = options
         self._ranks = options.get("mpi_ranks")  # of a gang
@@ -138,7 +140,7 @@ class RemoteFunction:
         """
         if "max_calls" in options:
             raise ValueError("max_calls can only be given in the decorator, since it counts the runs of one function")
-        other = RemoteFunction(self._function, {**self._options, **options})
+        other = RemoteFunction(self._function, {"max_calls": 0, **self._options, **options})
         other._exported = self._exported
         return Changed(other)
 

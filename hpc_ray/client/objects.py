@@ -106,6 +106,7 @@ class ObjectTable:
         self.client = client
         self.entries: dict[bytes, Entry] = {}
         self.lent: dict[bytes, Entry] = {}  # owned entries that have borrowers
+        self.on_none_lent: Callable[[], None] | None = None  # called when there are none any more
         self.borrowed: dict[bytes, Entry] = {}  # entries of other owners
         self.unacknowledged: dict[bytes, list[Entry]] = {}  # borrowed id → entries kept until BorrowerAdded
         self.flushing: list[tuple[set[bytes], Callable[[], None]]] = []
@@ -350,6 +351,8 @@ class ObjectTable:
             if not entry.borrowers:
                 self.lent.pop(entry.id, None)
                 self.drop_if_unused(entry)
+                if not self.lent and self.on_none_lent is not None:
+                    self.on_none_lent()
 
     # -------------------------------------------------------------- messages
 

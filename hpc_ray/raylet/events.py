@@ -16,7 +16,7 @@ from hpc_ray.protocol import Query
 
 
 class AskForkServer(Action, frozen=True, gc=False):
-    """Write the message (StartWorker, KillProcess, FollowLogs) to the fork server's socket."""
+    """Write the message (StartWorker, KillProcess, FollowLogs, Shutdown) to the fork server's socket."""
 
     message: Any
 
@@ -87,6 +87,10 @@ class FindCopy(Action, frozen=True, gc=False):
     handle: int
 
 
+class ListObjects(Action, frozen=True, gc=False):
+    """What lies in the arena? Answer: ObjectsListed."""
+
+
 class AnswerFromLogs(Action, frozen=True, gc=False):
     """Answer a Query about the files of the node's log folder."""
 
@@ -125,3 +129,7 @@ class CopyFound(msgspec.Struct, frozen=True, tag=1103, array_like=True, gc=False
     object_id: bytes
     handle: int
     present: bool
+
+
+class ObjectsListed(msgspec.Struct, frozen=True, tag=1105, array_like=True, gc=False):
+    handles: list[int]

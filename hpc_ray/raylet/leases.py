@@ -225,7 +225,7 @@ class Leases(Part):
 
     def schedule(self) -> None:
         """Answer every unit that can be answered now."""
-        if not self.dirty or self.stopping:
+        if not self.dirty or self.stopping or self.drain is not None:
             return
         self.dirty = False
         short: dict[str, int] = {}
@@ -396,11 +396,11 @@ class Leases(Part):
 
     def close_lease(self, lease: Lease, cause: DeathCause) -> None:
         """Its worker is gone (LEASE-2)."""
-        self._free(lease)
+        self.free(lease)
         if not lease.returned and not lease.actor_id:
             self.send(lease.owner, LeaseRevoked(lease.lease_id, cause))
 
-    def _free(self, lease: Lease) -> None:
+    def free(self, lease: Lease) -> None:
         del self.leases[lease.lease_id]
         self.pool.give_back(lease.grant)
         lease.worker.lease = None
@@ -420,9 +420,11 @@ class Leases(Part):
         if worker.state is WorkerState.ENDING:
             return
         if worker.leaving or not event.reusable:
-            self.end(worker, "retired")  # its resources come back when it is gone
+            self.end(worker, "retired", unless_used=True)  # its resources come back when it is gone, or says that it stays
+            if worker.stays:
+                self.free(lease)
             return
-        self._free(lease)
+        self.free(lease)
         self.set_idle(worker)
 
     @handles(WorkerBlocked)
@@ -483,8 +485,9 @@ class Leases(Part):
 
     @handles(JobFinished)
     def on_job_finished(self, event: JobFinished, source: int) -> None:
-        for worker in [worker for worker in self.idle.values() if worker.job_id == event.job_id]:
-            self.end(worker, "its job is over")
+        for worker in list(self.workers.values()):
+            if worker.job_id == event.job_id and (worker.state is WorkerState.IDLE or worker.stays):
+                self.end(worker, "its job is over")
         if event.driver:
             self.drop_owner(event.driver)
 

@@ -27,7 +27,9 @@ from hpc_ray.raylet.events import (
     DeleteOwned,
     FindCopy,
     LimitStore,
+    ListObjects,
     MarkDead,
+    ObjectsListed,
     ObjectsSpilled,
     Reclaim,
     Reclaimed,
@@ -66,6 +68,7 @@ class RayletServer(Server):
             SealCopy: self._seal,
             AbortCopy: self._abort,
             FindCopy: self._find,
+            ListObjects: lambda action: ObjectsListed([handle for _, handle, *_ in self.store.list_objects()]),
             AnswerFromLogs: self._answer_from_logs,
         }
         super().__init__(state, lane, performers=performers)

@@ -1,7 +1,7 @@
 """The raylet's decisions: every event of a node goes in, the actions come out.
 
-Put together from its parts (``workers``, ``leases``, ``bundles``, ``copies``, ``room``), each a class in a file of its own with
-its invariants; here are the node's membership, its view of the cluster, its end, and the questions it answers. Relies
+Put together from its parts (``workers``, ``leases``, ``bundles``, ``copies``, ``room``, ``draining``), each a class in a file of its
+own with its invariants; here are the node's membership, its view of the cluster, its end, and the questions it answers. Relies
 on ``machine``, ``scheduling``, ``protocol``; called by ``raylet.server`` and the simulator.
 
 RAYLET-1 (own view): ``views[node]`` shares the pool's tables, so the own node is never seen late.
@@ -37,8 +37,7 @@ from hpc_ray.protocol import (
     Shutdown,
     Welcome,
 )
-from hpc_ray.raylet.bundles import Bundles
-from hpc_ray.raylet.copies import Copies
+from hpc_ray.raylet.draining import Draining
 from hpc_ray.raylet.events import AnswerFromLogs, DeleteOwned, LimitStore
 from hpc_ray.raylet.resources import ResourcePool
 from hpc_ray.raylet.room import Room
@@ -51,7 +50,7 @@ LOG_QUESTIONS = ("list_logs", "read_log")  # the server answers them (``raylet.l
 WHOLE_NODE = 0xFFFF << 32  # lane that stands for all lanes of a node in DeleteOwned
 
 
-class RayletState(Workers, Bundles, Copies, Room):
+class RayletState(Workers, Draining, Room):
     """See the module's text.
 
     Args:
@@ -91,6 +90,7 @@ class RayletState(Workers, Bundles, Copies, Room):
         self.init_bundles()
         self.init_copies()
         self.init_room()
+        self.init_draining()
         self._sequence = 0
         self._reported: tuple[Resources, Resources, list[Resources]] | None = None
         self._report_at = 0.0
@@ -123,6 +123,7 @@ class RayletState(Workers, Bundles, Copies, Room):
         self.send(GCS_ADDRESS, RegisterNode(self.info(), build=self.build))
 
     def settle(self) -> None:
+        self.go_on_draining()
         self.schedule()
         self.replenish()
         self.report()
@@ -396,6 +397,8 @@ class RayletState(Workers, Bundles, Copies, Room):
             "workers": states,
             "processes": len(self.peers),
             "leases": len(self.leases),
+            "granted": self._next_lease - 1,  # ever
+            "kept_by": self.kept_by(),
             "waiting": sum(queue.units() for queue in self.queues.values()),
             "bundles": len(self.bundles),
             "pulls": len(self.pulls),
@@ -463,4 +466,5 @@ class RayletState(Workers, Bundles, Copies, Room):
             "views": {i: (v.alive, v.total, v.available) for i, v in self.views.items()},
             "timers": dict(self._timers),
             "stopping": self.stopping,
+            "drain": self.drain is not None,
         }

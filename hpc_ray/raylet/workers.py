@@ -4,6 +4,8 @@ WORKER-1 (one life): a worker goes through WORKER_STEPS only, and each process t
 WORKER-2 (one job): once used by a job, a worker never serves another one.
 WORKER-3 (told): whoever is registered on the node, and the GCS, hears of the death of each process that was ever used;
 after the notice nothing of its leases is left.
+WORKER-4 (not before its objects): a worker that ends because it is not needed stays for as long as others use objects that it owns,
+and the session and its job go on; it takes no tasks, and holds no resources.
 """
 
 from __future__ import annotations
@@ -34,6 +36,7 @@ from hpc_ray.protocol import (
     ProcessStarted,
     Shutdown,
     StartWorker,
+    StayingOn,
     WorkerForked,
 )
 from hpc_ray.raylet.events import AskForkServer, MarkDead, Reclaim
@@ -89,6 +92,7 @@ class Worker:
         self.asked_at = now
         self.started_at = 0.0  # from IDLE on
         self.leaving = ""  # said ProcessLeaving, why
+        self.stays = False  # ENDING, for as long as others use objects that it owns (WORKER-4)
         self.cause: DeathCause | None = None  # set when we end it
         self.kill_unforked = False  # to be killed as soon as its pid is known
 
@@ -168,7 +172,7 @@ class Workers(Part):
             if count <= 0 or surplus <= 0:
                 return
             if worker.env != env and (full or (worker.env and worker.since + OTHER_IDLE_S <= self.now)):
-                self.end(worker, "another environment needs its place")
+                self.end(worker, "another environment needs its place", unless_used=True)
                 surplus -= 1
 
     def is_made(self, env: str) -> bool:
@@ -180,7 +184,7 @@ class Workers(Part):
 
     def replenish(self) -> None:
         """Keep the wanted number of plain workers about, whatever actors took."""
-        if self.stopping or self.now < self.paused_until:
+        if self.stopping or self.drain is not None or self.now < self.paused_until:
             return
         plain = sum(
             1
@@ -319,8 +323,11 @@ class Workers(Part):
     def kill_process(self, pid: int) -> None:
         self.act(AskForkServer(KillProcess(pid, SIGKILL)))
 
-    def end(self, worker: Worker, reason: str) -> None:
-        """In order: it is told, and killed only if it does not go within the grace."""
+    def end(self, worker: Worker, reason: str, *, unless_used: bool = False) -> None:
+        """In order: it is told, and killed only if it does not go within the grace. ``unless_used``: or stays (WORKER-4)."""
+        if worker.state is WorkerState.ENDING and worker.stays and not unless_used:
+            worker.stays = False
+            self._tell_to_leave(worker, reason, False)
         if worker.state in (WorkerState.ENDING, WorkerState.DEAD):
             return
         if not worker.address:
@@ -328,8 +335,23 @@ class Workers(Part):
             return
         worker.cause = DeathCause("EXITED", reason)
         self._begin_end(worker)
-        self.send(worker.address, Shutdown(reason, not self.stopping))
+        self._tell_to_leave(worker, reason, unless_used)
+
+    def _tell_to_leave(self, worker: Worker, reason: str, unless_used: bool) -> None:
+        self.send(worker.address, Shutdown(reason, not self.stopping, unless_used))
         self.set_timer(f"reap:{worker.token}", self.now + self.settings.kill_on_exit_s)
+
+    @handles(StayingOn)
+    def on_staying_on(self, event: StayingOn, source: int) -> None:
+        """It has retired by itself (max_calls), or was told to."""
+        worker = self.by_address.get(source)
+        if worker is None or self.stopping or (worker.cause is not None and worker.cause.kind != "EXITED"):
+            return
+        worker.stays = True
+        if worker.state is WorkerState.IDLE:
+            self._begin_end(worker)
+        elif worker.state is WorkerState.ENDING and worker.lease is not None:
+            self.free(worker.lease)
 
     def _begin_end(self, worker: Worker) -> None:
         self.idle.pop(worker.token, None)
@@ -339,7 +361,7 @@ class Workers(Part):
 
     def timer_reap(self, token: str) -> None:
         worker = self.workers.get(int(token))
-        if worker is not None and worker.pid:
+        if worker is not None and worker.pid and not worker.stays:
             self.kill_process(worker.pid)
 
     def timer_trim(self) -> None:
@@ -352,7 +374,7 @@ class Workers(Part):
             if due > self.now:
                 self.set_timer("trim", due)
                 return
-            self.end(worker, "idle for long")
+            self.end(worker, "idle for long", unless_used=True)
             surplus -= 1
 
     @handles(ProcessLeaving)

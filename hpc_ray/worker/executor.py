@@ -42,6 +42,8 @@ from hpc_ray.protocol import (
     PushTask,
     Result,
     Shape,
+    Shutdown,
+    StayingOn,
     StealTasks,
     TaskReply,
     TasksStolen,
@@ -67,7 +69,7 @@ class Executor:
 
     def __init__(self, client: Client):
         self.client = client
-        self.queue: deque[tuple[int, Any]] = deque()  # (sender, PushTask or InstallActor or TerminateActor)
+        self.queue: deque[tuple[int, Any]] = deque()  # (sender, PushTask or InstallActor or TerminateActor or Shutdown)
         self.arrival: Waiter | None = None
         self.functions: dict[bytes, Any] = {}
         self.blobs: dict[bytes, bytes] = {}
@@ -82,6 +84,7 @@ class Executor:
         self.graphs = Graphs(self)
         self.gangs = Gangs(self)
         self.leaving: str | None = None
+        self.stays = False  # when it leaves: as long as others use what it owns
         self.names: dict[tuple[bytes, str, bytes], tuple[str, str, str]] = {}  # what tasks are called
         self.status = 0  # exit code of the process
         self.keep_history = True  # others may still ask what ran here
@@ -271,6 +274,8 @@ class Executor:
                     self.host.install_actor(item)
                     if self.host.pools or self.host.loop:
                         break
+                elif type(item) is Shutdown:
+                    self.retire(item.reason)
                 else:
                     self.leaving = item.reason or "terminated"
                 continue
@@ -463,7 +468,7 @@ class Executor:
                 count = self.calls[task.function_id] = self.calls.get(task.function_id, 0) + 1
                 retiring = count >= limit
                 if retiring:
-                    self.leaving = "max_calls"
+                    self.retire("max_calls")
         message = TaskReply(task.task_id, task.attempt, results, nanoseconds, retryable, retiring)
         if not loans and not client.objects.unacknowledged:
             client.send(source, message)
@@ -494,6 +499,24 @@ class Executor:
             self.leaving = f"sys.exit({code!r})"
         else:
             self.leaving = str(error) or "exit_actor"
+
+    def retire(self, reason: str) -> None:
+        """Run no more tasks."""
+        self.leaving = reason
+        self.stays = True
+
+    def stay_while_used(self) -> None:
+        """Objects live as long as somebody uses them, and no longer than their owner (OBJ-1): so does this process, where it has
+        retired. Blocks until the last borrower is gone, or the raylet says that it must go."""
+        client = self.client
+        while self.stays and client.broken is None:
+            waiter = Waiter()
+            with client.lock:
+                if not client.objects.lent:
+                    return
+                client.objects.on_none_lent = waiter.finish
+            client.send(client.raylet, StayingOn())
+            client._drain(waiter, None)
 
     def leave(self) -> None:
         """Say goodbye, so that the end of this process is no crash; unless user code wants it to be one."""

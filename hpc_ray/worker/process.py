@@ -61,6 +61,7 @@ def _live(segment: Segment, config: NodeConfig, token: int, entered: bool) -> in
     client.on_log = _warn
     client.connect(config.settings.start_timeout_s)
     executor.run()
+    executor.stay_while_used()
     executor.leave()
     atexit._run_exitfuncs()
     _flush()
@@ -86,6 +87,9 @@ def _on_shutdown(executor: Executor, message: Shutdown) -> None:
     """The process shall end: an idle worker leaves in order, a busy one at once."""
     reason = message.reason
     executor.keep_history = message.keep_history
+    if message.unless_used:
+        executor.on_push_task(executor.client.raylet, message)
+        return
     if executor.running:
         executor.leave()
         executor.client.lane.flush()

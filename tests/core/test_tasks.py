@@ -496,6 +496,36 @@ def test_max_calls_process_is_gone(ray, eventually):
     eventually(lambda: not Path(f"/proc/{number}").exists(), "the retired worker is gone")
 
 
+def test_max_calls_and_objects_of_the_worker(ray, eventually):
+    """What a retired worker owns lives as long as somebody uses it, and so does the worker; its CPU is free at once."""
+
+    @ray.remote
+    def late():
+        return "late"
+
+    @ray.remote(max_calls=1)
+    def owns():
+        return os.getpid(), ray.put(list(range(100))), late.remote()
+
+    number, value, result = ray.get(owns.remote())
+    eventually(lambda: ray.available_resources().get("CPU") == ray.cluster_resources()["CPU"], "all CPUs are free")
+    assert ray.get([owns.remote() for _ in range(8)])
+    assert ray.get(value) == list(range(100)) and ray.get(result) == "late"
+    assert Path(f"/proc/{number}").exists()
+    del value, result
+    eventually(lambda: not Path(f"/proc/{number}").exists(), "the retired worker is gone")
+
+
+def test_max_calls_of_tasks_with_a_gpu(ray):
+    """One, unless it is said: what a library keeps on a GPU goes with the process."""
+
+    def plain():
+        return os.getpid()
+
+    given = ({"num_gpus": 1}, {"num_gpus": 1, "max_calls": 0}, {"num_cpus": 1})
+    assert [ray.remote(**one)(plain)._options.get("max_calls") for one in given] == [1, 0, None]
+
+
 # ------------------------------------------------------------------ cancelling
 
 
