@@ -24,6 +24,7 @@ from hpc_ray.exceptions import RayError
 from hpc_ray.ids import GCS_ADDRESS
 from hpc_ray.launcher import hosts, local, member, session, submission, supervisor, world
 from hpc_ray.protocol import UNIT, Answer, ProcessLeaving, Query, decode, encode
+from hpc_ray.slurm import signals
 from hpc_ray.version import __version__
 
 hosts_module = hosts  # an option has its name
@@ -145,6 +146,8 @@ def run(
 ) -> None:
     """Run SCRIPT as the driver of a cluster: on this host, over mpirun, in the ranks of an MPI job, or on hosts that may be lost."""
     place = world.discover()
+    if place is not None and place.size > 1:
+        signals.hold_back()  # a link comes of this process
     say = place is None or place.rank == 0
     if not os.path.isfile(script):
         what = "is a folder" if os.path.isdir(script) else "does not exist"

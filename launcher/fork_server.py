@@ -154,6 +154,7 @@ class ForkServer:
             signals.ignore()
         else:
             signal.signal(signal.SIGTERM, lambda *_: self.end("SIGTERM"))
+            signals.let_come()
         self._watch(wake_read, self._on_wake)
 
         self.listener = socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET)

@@ -141,6 +141,7 @@ class Rank:
         if signals.in_job():
             for number in signals.DRAINING:
                 signal.signal(number, self.on_early_signal)
+            signals.let_come()
         self.report: socket.socket | None = None
         self.reported = False
         self.node_process: NodeProcess | None = None

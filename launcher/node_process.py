@@ -18,6 +18,7 @@ import time
 from hpc_ray.config import NodeConfig, Settings, encode_config
 from hpc_ray.exceptions import ConfigurationError, LaunchError
 from hpc_ray.launcher import channel, host, session
+from hpc_ray.slurm import signals
 
 _MIN_STORE_BYTES = 64 << 20
 _STORE_FRACTION = 0.3  # of the available memory, as Ray
@@ -132,6 +133,7 @@ class NodeProcess:
             command.append(json.dumps(roles))
         environment = session.scrubbed_environment()
         environment["SPT_NOENV"] = "1"  # setproctitle would wipe what /proc/PID/environ shows, our marks too (SESSION-1)
+        held = signals.hold_back()
         with open(os.devnull, "rb") as null:
             self.process = subprocess.Popen(
                 command,
@@ -143,6 +145,7 @@ class NodeProcess:
                 start_new_session=True,
                 cwd="/",
             )
+        signals.let_come(held)
         theirs.close()
 
     def configure(

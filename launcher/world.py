@@ -29,6 +29,7 @@ from hpc_ray.config import Settings
 from hpc_ray.exceptions import ConfigurationError, LaunchError
 from hpc_ray.launcher import channel, host, session
 from hpc_ray.launcher.attachment import Attachment, connect
+from hpc_ray.slurm import signals
 
 PLAN_VARIABLE = "HPC_RAY_LAUNCH_PLAN"
 CONTROL_VARIABLE = "HPC_RAY_CONTROL_FD"  # PID:FD, in the driver PID that a link has forked
@@ -575,6 +576,7 @@ def become_link(plan: dict[str, Any]) -> NoReturn:
     sys.stderr.flush()
     variables = dict(os.environ)
     variables[PLAN_VARIABLE] = json.dumps(plan)
+    signals.hold_back()
     os.execve(LINK_COMMAND[0], LINK_COMMAND, variables)
 
 
