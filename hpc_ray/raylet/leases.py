@@ -7,7 +7,8 @@ LEASE-1 (answered): each unit of a request is answered once: granted, redirected
 LEASE-2 (held together): a lease has its grant of resources and its worker until it is closed; after a return or the
 worker's reaping, both are free. A worker has at most one lease.
 LEASE-3 (fair): among the owners waiting for one shape, none gets two units while another waits for its first.
-LEASE-4 (redirected once): a redirected request is not redirected again while this node's total could meet it.
+LEASE-4 (redirected rarely): a redirected request, which this node's total could meet, is redirected again only to a node that has room
+now, and only after it has waited here for MOVE_S.
 LEASE-5 (episodes): while there is waiting, a holder hears LeaseContended once after each lease that it was granted.
 """
 
@@ -48,6 +49,7 @@ from hpc_ray.raylet.part import Part
 from hpc_ray.raylet.resources import Grant
 from hpc_ray.raylet.workers import Worker, WorkerState
 from hpc_ray.scheduling import (
+    ANYWHERE,
     INFEASIBLE_S,
     PACK_UNTIL,
     Choice,
@@ -60,6 +62,7 @@ from hpc_ray.scheduling import (
     utilisation,
 )
 
+MOVE_S = 0.2  # the other node may have no room any more, and then it waits there
 UNKNOWN_NODE_S = 0.5  # how long a node that nobody has heard of may still turn up
 TAKE_S = 0.3  # for so long a node counts as using what was just sent to it
 _WAIT, _REFUSED, _ELSEWHERE = -1, -2, -3  # answers of _place that are no node
@@ -281,8 +284,8 @@ class Leases(Part):
             if self.pool.fits(queue.placement):
                 return self.node
         elif queue.redirected:
-            if self.pool.feasible(queue.placement):
-                return self.node  # LEASE-4
+            if self.pool.feasible(queue.placement) and not self._may_move(queue, request):
+                return self.node
         elif strategy.kind == "DEFAULT":
             if self.pool.fits(queue.placement) and utilisation(self.pool.total, self.pool.available) < PACK_UNTIL:
                 return self.node
@@ -292,6 +295,18 @@ class Leases(Part):
         search = queue.search.at(self.view_version, self.pool.gains)
         choice = choose(self.living, queue.placement, strategy, prefer=self.node, turn=self._turn, search=search)
         return self._follow(queue, request, choice)
+
+    def _may_move(self, queue: Queue, request: Request) -> bool:
+        """LEASE-4"""
+        if self.pool.fits(queue.placement) or queue.stuck_view == self.view_version or len(self.living) == 1:
+            return False
+        if self.now < request.since + MOVE_S:
+            self.set_timer("move", request.since + MOVE_S)
+            return False
+        return True
+
+    def timer_move(self) -> None:
+        self.dirty = True
 
     def _follow(self, queue: Queue, request: Request, choice: Choice) -> int:
         verdict, node = choice
@@ -544,6 +559,14 @@ class Leases(Part):
                 self.kill(lease.worker, cause)
 
     # -- questions
+
+    def query_demand(self) -> list[tuple[Resources, int]]:
+        """What waits here for room that any node may give: what one needs, and how many. See ``launcher.elastic``."""
+        return [
+            (queue.placement, queue.units())
+            for queue in self.queues.values()
+            if queue.shape.strategy.kind in ANYWHERE and not queue.shape.group_id and not queue.for_actor
+        ]
 
     def waiting_shapes(self) -> list[Resources]:
         """What waits here, for the report; at most 20 kinds."""

@@ -24,12 +24,12 @@ ME, OTHER, THIRD = (address_of(0, lane, 1) for lane in (500, 501, 502))
 class Node:
     """A raylet under test, with a fork server and workers that do as they are told."""
 
-    def __init__(self, resources=None, **values):
+    def __init__(self, resources=None, node=0, **values):
         values.setdefault("prestart_workers", 0)
         config = NodeConfig(
             session="s",
             session_dir="/nowhere",
-            node=0,
+            node=node,
             node_id=(b"\0" * 28).hex(),
             hostname="host",
             ip="10.0.0.1",
@@ -69,7 +69,7 @@ class Node:
     def start(self, token):
         self._lane += 1
         self.tell(p.WorkerForked(token, 1000 + token), 0)
-        self.tell(p.ProcessStarted(p.ProcessKind.WORKER, b"w", 1000 + token, token), address_of(0, self._lane, 1))
+        self.tell(p.ProcessStarted(p.ProcessKind.WORKER, b"w", 1000 + token, token), address_of(self.state.node, self._lane, 1))
 
     def exit(self, address, status=9):
         pid = self.state.by_address[address].pid
@@ -395,6 +395,22 @@ def test_redirected_requests_stay():
     assert [m.node for m in node.take(p.LeaseRedirected)] == [1]
 
 
+def test_redirected_requests_move_once_they_have_waited():
+    """LEASE-4: as many of them as there is room for, and no sooner."""
+    node = Node({"CPU": 1})
+    node.lease()
+    node.see(1, 4, free=0)
+    node.lease(OTHER, count=3, redirected=True)
+    node.see(1, 4, free=2)
+    assert node.take(p.LeaseRedirected) == []
+    node.pass_time(0.3)
+    assert [m.node for m in node.take(p.LeaseRedirected, OTHER)] == [1, 1]
+    node.see(1, 4, free=0)
+    node.pass_time(1)
+    assert node.take(p.LeaseRedirected) == []
+    node.state.validate()
+
+
 def test_waiting_requests_go_where_room_appears():
     node = Node({"CPU": 1})
     node.lease()
@@ -460,6 +476,74 @@ def test_surplus_idle_workers_end():
     node.pass_time(2)
     states = [worker.state for worker in node.state.workers.values()]
     assert states.count(WorkerState.ENDING) == 2
+
+
+def test_a_worker_that_owns_what_others_use_stays():
+    """WORKER-4: without resources, until it leaves by itself, or its job is over."""
+    node = Node({"CPU": 1}, kill_on_exit_s=1.0)
+    workers = []
+    for number in range(2):
+        [lease] = node.lease(number=number)
+        node.tell(p.StayingOn(), lease.worker)
+        node.tell(p.ReturnLease(lease.lease_id, False), ME)
+        assert [m.unless_used for m in node.take(p.Shutdown, lease.worker)] == [True]
+        assert node.state.pool.available["CPU"] == UNIT
+        workers.append(lease.worker)
+    node.pass_time(10)
+    assert not any(isinstance(m, p.KillProcess) for m in node.asked)
+    node.tell(p.ProcessLeaving("max_calls"), workers[0])
+    node.exit(workers[0], 0)
+    assert [m.cause.kind for m in node.take(p.ProcessDied, GCS_ADDRESS)] == ["EXITED"]
+    node.tell(p.JobFinished(JOB), GCS_ADDRESS)
+    assert [m.unless_used for m in node.take(p.Shutdown, workers[1])] == [False]
+    node.pass_time(2)
+    assert any(isinstance(m, p.KillProcess) for m in node.asked)
+    node.state.validate()
+
+
+def drained(node, request_id, handles=()):
+    """What the node answers to DrainNode, with these objects in its arena; None: nothing yet."""
+    node.actions.clear()
+    node.tell(p.DrainNode(request_id, "idle"), OTHER)
+    if any(isinstance(action, e.ListObjects) for action in node.actions):
+        node.tell(e.ObjectsListed(list(handles)), 0)
+    return next((m.value for m in node.take(p.Answer, OTHER) if m.request_id == request_id), None)
+
+
+def drainable() -> Node:
+    return Node({"CPU": 1}, node=1, prestart_workers=1)
+
+
+def test_a_node_that_is_needed_does_not_leave():
+    """DRAIN-2: it says for what, and goes on."""
+    assert drained(Node(), 1) == "it is the head"
+    node = drainable()
+    [lease] = node.lease()
+    assert drained(node, 2) == "it has 1 tasks or actors"
+    node.lease(OTHER)
+    node.tell(p.ReturnLease(lease.lease_id), ME)
+    [other] = node.take(p.LeaseGranted, OTHER)
+    node.tell(p.ReturnLease(other.lease_id), OTHER)
+    assert drained(node, 3, [77]) == "it has 1 objects in use"
+    assert drained(node, 4) is None, "its worker has not gone"
+    worker = next(iter(node.state.by_address))
+    assert [m.unless_used for m in node.take(p.Shutdown, worker)] == [True]
+    node.tell(p.StayingOn(), worker)
+    assert [m.value for m in node.take(p.Answer)] == ["it has 1 workers that own objects in use"]
+    assert len(node.lease(number=5)) == 1, "it goes on with another worker"
+    node.state.validate()
+
+
+def test_an_idle_node_leaves():
+    """DRAIN-1; what comes meanwhile is not granted."""
+    node = drainable()
+    worker = next(iter(node.state.by_address))
+    assert drained(node, 1) is None
+    node.exit(worker, 0)
+    assert [m.value for m in node.take(p.Answer)] == [""]
+    assert [m.reason for m in node.asked if isinstance(m, p.Shutdown)] == ["idle"]
+    assert node.lease() == []
+    assert drained(node, 2) == "it ends already"
 
 
 def test_actor_start_ready_stop():
