@@ -21,7 +21,7 @@ _spec.loader.exec_module(_surface)
 REASONS: dict[str, str] = {
     # names that say why when they are asked for
     ":_config": "settings are `init(_system_config=...)` or variables HPC_RAY_*",
-    ":autoscaler": "the scheduler grants nodes: ask it for more, and start again",
+    ":autoscaler": "`hpc-ray autoscale` adds nodes by Slurm jobs while work waits for them",
     ":internal": "has no public names in Ray either",
     ":widgets": "tables for notebooks; `init(include_dashboard=True)` serves a page",
     "dag:CollectiveOutputNode": "call hpc_ray.util.collective inside the methods",

@@ -55,7 +55,7 @@ SCRIPT_MODE, WORKER_MODE, SPILL_WORKER_MODE, RESTORE_WORKER_MODE = range(4)
 
 _LEFT_OUT = {
     "_config": "settings are given by init(_system_config=...) or by environment variables HPC_RAY_*, see hpc_ray.config.Settings",
-    "autoscaler": "the cluster is what the scheduler granted; ask it for more nodes and start again",
+    "autoscaler": "`hpc-ray autoscale` adds nodes by Slurm jobs while work waits for them",
     "data": "hpc_ray has Ray Core; read files in tasks, or use a library on top of joblib or Dask with hpc_ray.util",
     "internal": "it has no public names in Ray either",
     "widgets": "they draw Ray's tables in notebooks; init(include_dashboard=True) serves a page",

@@ -19,6 +19,7 @@ from hpc_ray.protocol import UNIT, LogLines, NodeInfo, Resources, Strategy
 
 INFEASIBLE_S = 3.0  # before an owner is told that no node can ever meet its request
 PACK_UNTIL = 0.5  # Ray's hybrid policy: stay local up to this utilisation, then the least used node
+ANYWHERE = ("DEFAULT", "SPREAD")  # kinds of strategies that take any node
 FANOUT = 16  # of what is passed on from node to node
 _MOST_NODES = 1 << 16
 _CRITICAL = ("CPU", "memory", "object_store_memory")  # what utilisation is measured by (Ray's choice, too)

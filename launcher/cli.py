@@ -53,6 +53,15 @@ def _json_object(context: click.Context, parameter: click.Parameter, value: str 
         raise click.BadParameter(f"a JSON object of numbers is needed, like '{{\"disk\": 2}}': {error}") from None
 
 
+def _label_pairs(context: click.Context, parameter: click.Parameter, value: str | None) -> dict[str, str] | None:
+    if value is None:
+        return None
+    pairs = [pair.partition("=") for pair in value.split(",") if pair]
+    if not all(name.strip() and equals for name, equals, _ in pairs):
+        raise click.BadParameter(f"labels are name=value, separated by commas, like zone=a,disk=fast, not {value!r}")
+    return {name.strip(): label.strip() for name, _, label in pairs}
+
+
 def _amounts(command: Any) -> Any:
     """Options for what a node has."""
     for option in (
@@ -61,6 +70,7 @@ def _amounts(command: Any) -> Any:
         click.option("--resources", callback=_json_object, help="Custom resources of each node, as JSON."),
         click.option("--memory", type=int, help="Bytes of memory for tasks on each node."),
         click.option("--object-store-memory", type=int, help="Bytes of each node's object store."),
+        click.option("--labels", callback=_label_pairs, help="Labels of each node, like zone=a,disk=fast."),
     ):
         command = option(command)
     return command
@@ -95,6 +105,7 @@ class _Commands(click.Group):
 _LATER = {
     **dict.fromkeys(("list", "get", "summary", "logs", "timeline", "dashboard"), "hpc_ray.commands"),
     "doctor": "hpc_ray.launcher.doctor",
+    "autoscale": "hpc_ray.launcher.autoscaling",
 }
 
 

@@ -183,6 +183,7 @@ class Member(link.Rank):
         self.listener = tcp.open_listener(address or "127.0.0.1")
         self.secret = bytes.fromhex(invitation["secret"])
         facts = {**self.facts, "session": invitation["session"], "address": self.listener.getsockname()[:2]}
+        facts["invited"] = self.plan["invited"]
         connection, welcome = tcp.join(addresses, self.secret, facts, self.settings.start_timeout_s)
         self.session, self.node, self.nodes = invitation["session"], welcome["node"], welcome["nodes"]
         self.members = {0: {"host": welcome["host"]}}
@@ -312,12 +313,18 @@ class Head(_Bridge):
             "nodes": max(self.rank.nodes, node + 1),
             "host": self.rank.facts["host"],
             "share": self.rank.nodes if plan["virtual"] and (asked is None or asked.request < 0) else 1,
-            "options": plan["options"] if asked is None or asked.options is None else asked.options,
+            "options": self.options_for(facts, asked),
             "settings": plan["settings"],
             "plan": {name: plan[name] for name in ("environment", "python_path", "working_dir", "roles")},
             "peers": [(other, self.rank.members[other]["address"]) for other in self.transport.others()],
         }
         self.transport.admit(door, node, welcome)
+
+    def options_for(self, facts: dict[str, Any], asked: Started | None) -> dict[str, Any]:
+        """Amounts: those that were asked for with it, or of all nodes that the session was started with; who was invited says its own."""
+        if asked is not None and asked.options is not None:
+            return asked.options
+        return {} if facts.get("invited") else dict(self.rank.plan["options"])
 
     def asked_for(self, facts: dict[str, Any]) -> Started | None:
         """Of those on this host: which one it is."""

@@ -91,6 +91,17 @@ def squeue_command(user: str) -> list[str]:
     return ["squeue", "--noheader", f"--user={user}", "--format=%i %j"]
 
 
+def jobs_named_command(user: str, name: str) -> list[str]:
+    """The jobs of a user with this name that wait or run."""
+    return ["squeue", "--noheader", f"--user={user}", f"--name={name}", "--format=%i %T"]
+
+
+def read_squeue(text: str) -> dict[str, str]:
+    """Job → state, of those that are not at their end."""
+    rows = [line.split() for line in text.splitlines()]
+    return {row[0]: row[1] for row in rows if len(row) == 2 and row[1] in ACTIVE and row[1] != "COMPLETING"}
+
+
 def scancel_command(job: str, signal: str = "") -> list[str]:
     return ["scancel", *([f"--signal={signal}"] if signal else []), job]
 

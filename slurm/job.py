@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import shlex
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ from hpc_ray.exceptions import ConfigurationError
 DRAIN_CODE = 138  # 128 + SIGUSR1: the script was ended because its time is nearly over
 OUTPUT = "hpc-ray-%j.out"
 ARRAY_OUTPUT = "hpc-ray-%A_%a.out"
+NODE_OUTPUT = "hpc-ray-node-%j.out"
 
 _TIME = re.compile(r"\d+(:\d{1,2}){0,2}|\d+-\d{1,2}(:\d{1,2}){0,2}|UNLIMITED|INFINITE", re.IGNORECASE)
 _MEMORY = re.compile(r"\d+[KMGT]?B?", re.IGNORECASE)
@@ -190,3 +192,24 @@ def mpi_type(library: str, offered: list[str]) -> str:
         if versions:
             return versions[-1]
     return ""
+
+
+def join_script(job: Job, join_file: str, label: str, resources: dict[str, float]) -> str:
+    """The batch script of a node that joins a running cluster, with the job's id in its label. ``resources``: custom ones.
+
+    Raises:
+        ConfigurationError: as ``check``.
+    """
+    check(job)
+    words = [*shlex.split(job.command), "start", "--join", join_file, "--block"]
+    if resources:
+        words += ["--resources", json.dumps(resources)]
+    container = f"{job.container} " if job.container else ""
+    return "\n".join([
+        "#!/bin/bash",
+        "# Written by `hpc-ray autoscale`: a node more for a cluster that runs.",
+        *[f"#SBATCH {directive}" for directive in directives(job)],
+        "",
+        *job.setup,
+        f'exec {container}{shlex.join(words)} --labels {label}="$SLURM_JOB_ID"',
+    ]) + "\n"  # fmt: skip

@@ -34,11 +34,12 @@ from hpc_ray.protocol import (
     GetNamedActor,
     KillActor,
     NamedActor,
+    Resources,
     StartActor,
     StopActor,
     SubscribeActor,
 )
-from hpc_ray.scheduling import INFEASIBLE_S, Search, Verdict, choose, infeasible, readable
+from hpc_ray.scheduling import ANYWHERE, INFEASIBLE_S, Search, Verdict, choose, infeasible, readable
 
 MAX_DEAD_ACTORS = 100_000  # kept for questions about them
 MAX_SEARCHES = 1000
@@ -453,6 +454,17 @@ class Actors(Part):
             spec.namespace,
             record.stopping,
         )
+
+    def waiting_for_actors(self) -> list[tuple[Resources, int]]:
+        """Of the actors without a place, but those that only certain nodes may have: what one needs, and how many."""
+        found: dict[bytes, tuple[Resources, int]] = {}
+        for actor_id in self.waiting_actors:
+            actor = self.actors[actor_id]
+            shape = actor.spec.shape
+            if shape.strategy.kind in ANYWHERE and not shape.group_id:
+                _, count = found.get(actor.key, ({}, 0))
+                found[actor.key] = (actor.spec.placement, count + 1)
+        return list(found.values())
 
     def query_list_actors(self) -> list[dict[str, Any]]:
         return [self._row(actor) for actor in self.actors.values()]

@@ -146,6 +146,22 @@ class Groups(Part):
         if group is not None:
             self.remove_group(group)
 
+    def waiting_for_groups(self) -> list[dict[str, Any]]:
+        """Placement groups that wait: their bundles without a place."""
+        found = []
+        for group_id in self.waiting_groups:
+            group = self.groups[group_id]
+            missing = [i for i in range(len(group.bundles)) if i not in group.nodes]
+            found.append(
+                {
+                    "bundles": [group.bundles[i] for i in missing],
+                    "labels": [group.labels[i] if i < len(group.labels) else {} for i in missing],
+                    "strategy": group.strategy,
+                    "occupied": sorted(set(group.nodes.values())),
+                }
+            )
+        return found
+
     def query_wait_placement_group(self, group_id: bytes) -> str | Deferred:
         """Answered with the state's name once that is CREATED or REMOVED (GROUP-4)."""
         group = self.groups.get(group_id)

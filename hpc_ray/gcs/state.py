@@ -106,6 +106,10 @@ class GcsState(Nodes, Jobs, Actors, Groups, Keys):
         if value is not DEFERRED:
             self.send(source, Answer(event.request_id, value))
 
+    def query_demand(self) -> dict[str, Any]:
+        """What waits here for room: of actors what one needs and how many, and placement groups. See ``launcher.elastic``."""
+        return {"tasks": self.waiting_for_actors(), "groups": self.waiting_for_groups()}
+
     def query_statistics(self) -> dict[str, Any]:
         states: dict[str, int] = {}
         for actor in self.actors.values():

@@ -201,7 +201,10 @@ def test_attach_auto_and_by_name(monkeypatch):
 def test_detached_by_command_line(tmp_path):
     hpc_ray = [sys.executable, "-P", "-m", "hpc_ray.launcher.cli"]
     run = {"capture_output": True, "text": True, "timeout": 60}
-    out = subprocess.run([*hpc_ray, "start", "--num-cpus", "3", "--object-store-memory", str(STORE)], check=True, **run).stdout
+    refused = subprocess.run([*hpc_ray, "start", "--labels", "zone"], check=False, **run)
+    assert refused.returncode == 2 and "labels are name=value" in refused.stderr
+    options = ["--num-cpus", "3", "--object-store-memory", str(STORE), "--labels", "zone=a,disk=fast"]
+    out = subprocess.run([*hpc_ray, "start", *options], check=True, **run).stdout
     name = next(word for word in out.split() if word.startswith("session_"))
     try:
         out = subprocess.run([*hpc_ray, "status", name], check=True, **run).stdout
@@ -209,6 +212,7 @@ def test_detached_by_command_line(tmp_path):
         script = tmp_path / "script.py"
         script.write_text(
             "import hpc_ray as ray, sys\nray.init(address=sys.argv[1])\nprint(ray.get(ray.remote(lambda: 41 + 1).remote()))\n"
+            "labels = ray.nodes()[0]['Labels']\nassert (labels['zone'], labels['disk']) == ('a', 'fast'), labels\n"
         )
         for _ in range(2):
             out = subprocess.run([sys.executable, str(script), name], check=True, **run).stdout

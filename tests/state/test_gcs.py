@@ -594,6 +594,19 @@ def test_a_group_that_does_not_fit_waits():
     assert answer_prepares(gcs) == [1]
 
 
+def test_what_waits_for_room():
+    """Actors that any node may have, alike ones together, and groups."""
+    gcs = Gcs([1])
+    new_group(gcs)
+    for number in range(3):
+        gcs.create(bytes([number]) * 16, placement={"CPU": 2 * UNIT})
+    gcs.create(b"n" * 16, placement={"CPU": 3 * UNIT}, strategy=p.Strategy("NODE", bytes([0]) * 28))
+    demand = gcs.ask("demand").value
+    assert demand["tasks"] == [({"CPU": 2 * UNIT}, 3)]
+    [group] = demand["groups"]
+    assert group["bundles"] == gcs.state.groups[GROUP].bundles and group["occupied"] == []
+
+
 def test_infeasible_groups_wait_and_their_maker_is_told_once():
     gcs = Gcs([1])
     new_group(gcs)

@@ -113,6 +113,29 @@ def test_script_that_survives_lost_nodes():
     assert "\nhpc-ray run --survive-nodes train.py &\nchild=$!\n" in again
 
 
+def test_script_of_a_node_that_joins():
+    wanted = job.Job(
+        script="", job_name="node", cpus_per_task=4, gpus_per_node="a100:2", partition="gpu", output=job.NODE_OUTPUT, signal_s=0,
+        lines=("--reservation=x",), setup=("module load cuda",), container="apptainer exec image.sif",
+    )  # fmt: skip
+    assert job.join_script(wanted, "/home/me/my join", "hpc-ray/slurm-job", {"disk": 2.0}) == """#!/bin/bash
+# Written by `hpc-ray autoscale`: a node more for a cluster that runs.
+#SBATCH --job-name=node
+#SBATCH --nodes=1
+#SBATCH --ntasks-per-node=1
+#SBATCH --cpus-per-task=4
+#SBATCH --gpus-per-node=a100:2
+#SBATCH --partition=gpu
+#SBATCH --output=hpc-ray-node-%j.out
+#SBATCH --no-requeue
+#SBATCH --reservation=x
+
+module load cuda
+exec apptainer exec image.sif hpc-ray start --join '/home/me/my join' --block --resources '{"disk": 2.0}' \
+--labels hpc-ray/slurm-job="$SLURM_JOB_ID"
+"""
+
+
 def test_tasks_in_all_stand_without_tasks_per_node():
     lines = job.directives(job.Job(script="a.py", nodes=2, ntasks=7))
     assert "--ntasks=7" in lines and not [line for line in lines if line.startswith("--ntasks-per-node")]
@@ -188,6 +211,8 @@ def test_command_lines():
         "--format=JobID,State,ExitCode,NodeList,Elapsed,Timelimit,WorkDir,JobName",
     ]  # fmt: skip
     assert commands.squeue_command("eve") == ["squeue", "--noheader", "--user=eve", "--format=%i %j"]
+    assert commands.jobs_named_command("eve", "n") == ["squeue", "--noheader", "--user=eve", "--name=n", "--format=%i %T"]
+    assert commands.read_squeue("12 PENDING\n13 RUNNING\n14 COMPLETING\n15 FAILED\n\n") == {"12": "PENDING", "13": "RUNNING"}
     assert commands.scancel_command("12") == ["scancel", "12"]
     assert commands.scancel_command("12", "USR1") == ["scancel", "--signal=USR1", "12"]
     assert commands.sinfo_command() == ["sinfo", "--noheader", "--format=%R|%a|%l|%D|%c|%m|%G"]
