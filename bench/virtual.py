@@ -43,7 +43,7 @@ def kind_of(process: psutil.Process) -> str:
         name = name.removeprefix("hpc_ray::")
         return name if name in ("gcs", "raylet") else "worker"
     line = " ".join(process.cmdline())
-    return "link" if "launcher.link" in line else "fork_server" if "launcher.node" in line else "launcher"
+    return "link" if "launcher.rank" in line else "fork_server" if "launcher.node" in line else "launcher"
 
 
 class Phase:

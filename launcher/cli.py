@@ -230,7 +230,7 @@ def run(
             extra = [*where, *extra]
         else:
             world.check_ranks(count)
-        line = world.mpirun_command(mpirun, count, world.LINK_COMMAND, extra)
+        line = world.mpirun_command(mpirun, count, world.RANK_COMMAND, extra)
         plan = _plan(options, None if names else nodes, count, quiet, command, python_path, journal or "")
         return supervisor.supervise(line, plan, variables)
 

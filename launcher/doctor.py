@@ -22,8 +22,9 @@ from typing import Any
 import click
 
 from hpc_ray.launcher import facts as facts_module
-from hpc_ray.launcher import link, world
+from hpc_ray.launcher import pairing, world
 from hpc_ray.launcher.facts import Facts
+from hpc_ray.launcher.rank import Watchdog
 from hpc_ray.slurm import commands
 from hpc_ray.version import __version__
 
@@ -59,7 +60,7 @@ def check_mpi(facts: Facts) -> list[Finding]:
         if "No module named" in mpi["problem"] and mpi["mpirun"] is None:
             return [Finding("MPI", NOTE, "none is installed: sessions of one node work, several nodes and gangs do not", install)]
         found.append(Finding("MPI", ERROR, f"mpi4py does not load an MPI: {mpi['problem']}", install))
-    library = link.name_of(mpi.get("library", ""))
+    library = pairing.name_of(mpi.get("library", ""))
     if library:
         version = ".".join(map(str, mpi["standard"]))
         found.append(Finding("MPI", OK, f"{short(library)}; MPI {version}, mpi4py {facts['python']['packages'].get('mpi4py') or '?'}"))
@@ -228,7 +229,7 @@ def check_slurm(facts: Facts) -> list[Finding]:
         text = f"{slurm['version'] or 'its programs are here'}, {place}: {slurm['problem']}"
         return [Finding("Slurm", WARNING, text, "see `scontrol ping`: is slurmctld up, is this host one of the cluster?")]
     found = [Finding("Slurm", OK, f"{slurm['version']}, {place}; KillWait {slurm['kill_wait']}: so long lasts what follows SIGTERM")]
-    library = link.name_of(facts["mpi"].get("library", ""))
+    library = pairing.name_of(facts["mpi"].get("library", ""))
     if not library:
         return found
     fitting = facts_module.mpi_that_fits(facts)
@@ -311,7 +312,7 @@ def check_versions(hosts: list[Facts]) -> list[Finding]:
     kinds: list[tuple[str, str, Callable[[Facts], str]]] = [
         ("Python", ERROR, lambda facts: str(facts["python"]["version"].rpartition(".")[0])),
         ("hpc-ray", ERROR, lambda facts: facts["python"]["packages"]["hpc-ray"]),
-        ("MPI", ERROR, lambda facts: link.name_of(facts["mpi"].get("library", "")) or "none"),
+        ("MPI", ERROR, lambda facts: pairing.name_of(facts["mpi"].get("library", "")) or "none"),
         ("mpi4py", WARNING, lambda facts: facts["python"]["packages"]["mpi4py"] or "none"),
         ("msgspec", WARNING, lambda facts: facts["python"]["packages"]["msgspec"]),
         ("cloudpickle", WARNING, lambda facts: facts["python"]["packages"]["cloudpickle"]),
@@ -363,12 +364,12 @@ def in_ranks(place: world.Rank, limit_s: float) -> tuple[list[Facts], dict[str, 
 
     Ends the process when the ranks do not come together within the limit.
     """
-    watchdog = link.Watchdog()
+    watchdog = Watchdog()
     watchdog.set(limit_s, f"doctor: rank {place.rank}: the {place.size} ranks have not come together within {limit_s:g} s")
     first = place.local_rank == 0
     mine = facts_module.gather(limit_s=min(facts_module.LIMIT_S, limit_s / 2), launch=place.rank == 0) if first else None
     library = mine["mpi"].get("library", "") if mine is not None else facts_module.mpi(limit_s / 2, launch=False).get("library", "")
-    problem = link.pairing_problem(place.launcher, library, dict(os.environ)) or ("" if library else "mpi4py does not load an MPI")
+    problem = pairing.problem(place.launcher, library, dict(os.environ)) or ("" if library else "mpi4py does not load an MPI")
     if problem:
         watchdog.set(None)
         return [mine] if mine is not None else [], {}, problem

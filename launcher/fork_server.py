@@ -23,6 +23,7 @@ import signal
 import socket
 import sys
 import time
+import traceback
 from collections.abc import Callable
 from typing import Any
 
@@ -199,7 +200,15 @@ class ForkServer:
     # -- the loop
 
     def serve(self) -> int:
-        """Until the node has ended; the exit code."""
+        """Until the node has ended; the exit code. An error of our own ends it too, with its words, and leaves nothing."""
+        try:
+            self._loop()
+        except BaseException:
+            self.fail(f"the node process of node {self.config.node} has failed:\n{traceback.format_exc()}")
+        self._finish()
+        return self._code or 0
+
+    def _loop(self) -> None:
         while not self._has_ended():
             timeout = -1.0 if self._code is None else max(0.0, self._deadline - time.monotonic())
             if unsent := self.lane.flush():  # a driver reads more slowly than workers print
@@ -210,8 +219,6 @@ class ForkServer:
                 if handler is not None:
                     handler()
             self._drain_lane()
-        self._finish()
-        return self._code or 0
 
     def _has_ended(self) -> bool:
         """The raylet leaves when its workers have; the GCS, whose journal is safe at any time, is there until the very end."""
@@ -251,8 +258,6 @@ class ForkServer:
         except SystemExit as leaving:
             _leave(_exit_code(leaving))
         except BaseException:
-            import traceback
-
             traceback.print_exc()
             _leave(1)
 
@@ -308,8 +313,6 @@ class ForkServer:
         except SystemExit as leaving:
             _leave(_exit_code(leaving))
         except BaseException:
-            import traceback
-
             traceback.print_exc()
             _leave(1)
 

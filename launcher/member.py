@@ -27,7 +27,8 @@ from typing import Any, NamedTuple
 from hpc_ray import _core
 from hpc_ray.config import Settings
 from hpc_ray.exceptions import ConfigurationError, LaunchError
-from hpc_ray.launcher import channel, host, hosts, link, session, world
+from hpc_ray.launcher import channel, host, hosts, link, relay, session, world
+from hpc_ray.launcher import rank as rank_module
 from hpc_ray.launcher.attachment import Attachment
 from hpc_ray.transport import Event, Expelled, Joining, PeerLost, tcp
 
@@ -48,7 +49,7 @@ class Started(NamedTuple):
     pidfd: int  # readable when it has ended
 
 
-class Member(link.Rank):
+class Member(rank_module.Rank):
     """One node's life from start to exit code."""
 
     has_link = True
@@ -64,7 +65,7 @@ class Member(link.Rank):
 
     def run(self) -> int:
         try:
-            self.facts = link.facts(0)
+            self.facts = rank_module.facts(0)
             self.ranks = [self.facts]
             self.prepare()
             self.unbind()
@@ -78,7 +79,7 @@ class Member(link.Rank):
 
     def _refuse(self, text: str) -> int:
         if self.place.rank and not self.told:
-            link.say(text)
+            relay.say(text)
         return super()._refuse(text)
 
     def release_workers(self) -> None:
@@ -252,7 +253,7 @@ class _Bridge(link.Link):
     def on_event(self, event: Event) -> None:
         if isinstance(event, Expelled):
             if not self.stopping:
-                link.say(f"node {self.node} on {self.rank.facts['host']} ends: the others go on without it ({event.text})")
+                relay.say(f"node {self.node} on {self.rank.facts['host']} ends: the others go on without it ({event.text})")
                 self.stop(event.text, code=1)
         else:
             super().on_event(event)
@@ -342,7 +343,7 @@ class Head(_Bridge):
             if not self.announced:
                 self.fail_start(text)
             elif node not in self.awaited:
-                link.say(text)
+                relay.say(text)
             super().answer(node, {"error": text})
         else:
             if "node_id" in note and node not in self.gone:
@@ -499,7 +500,7 @@ class Follower(_Bridge):
 
     def on_node_gone(self, node: int, text: str) -> None:
         if node == 0 and not self.stopping and node not in self.gone:
-            link.say(f"node {self.node} on {self.rank.facts['host']} ends: the head is gone ({text})")
+            relay.say(f"node {self.node} on {self.rank.facts['host']} ends: the head is gone ({text})")
         super().on_node_gone(node, text)
 
     def on_own_node_gone(self, text: str) -> None:
@@ -579,7 +580,7 @@ def main(arguments: list[str]) -> int:
         code = member.run()
     except BaseException as error:
         traceback.print_exc()
-        link.say(f"a link ends: {type(error).__name__}: {error}")
+        relay.say(f"a link ends: {type(error).__name__}: {error}")
         code = 1
     member.send_report(code)
     return code

@@ -180,15 +180,17 @@ class NodeProcess:
         if note is not None and "ready" in note:
             return
         reason = (note or {}).get("error") or (note or {}).get("died")
-        if reason is None:
-            try:
-                self.process.wait(5)
-            except subprocess.TimeoutExpired:
-                pass
-            reason = f"the node process ended with {self.process.poll()}"
-        printed = self.stderr()
+        words = (f": {reason}" + self.stderr()) if reason else self.last_words()
         self.kill()
-        raise LaunchError(f"the node did not start: {reason}{printed}")
+        raise LaunchError(f"the node did not start{words}")
+
+    def last_words(self) -> str:
+        """How it has ended, where it has within a while, and what it printed; to go on with a sentence."""
+        try:
+            self.process.wait(5)
+        except subprocess.TimeoutExpired:
+            pass
+        return f": the node process ended with {self.process.poll()}{self.stderr()}"
 
     def stderr(self) -> str:
         """What it printed lately, as a paragraph for an error."""

@@ -15,6 +15,11 @@ from typing import Any
 _START = b"\x1ehpc-ray:exit:"
 
 
+def say(text: str) -> None:
+    """A line of ours, at once and whole."""
+    os.write(2, f"hpc-ray: {text}\n".encode())
+
+
 def last_words(tag: str, code: int, lost: str) -> bytes:
     """The line by which rank 0 says the script's exit code, and what the session was lost with; ``tag`` is the world's."""
     return _START + f"{tag}:{code}:{' '.join(lost.split())}\n".encode()

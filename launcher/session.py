@@ -197,7 +197,10 @@ def sweep() -> list[str]:
                         note = json.loads(file.read() or "{}")
                 except (OSError, ValueError):
                     note = {}
-                kill_leftovers(session, node.removeprefix("node-"), int(note.get("pid", 0)))
+                leader = int(note.get("pid", 0))
+                if process_start(leader) not in (0, note.get("start")):
+                    leader = 0  # the number is another process's by now
+                kill_leftovers(session, node.removeprefix("node-"), leader)
                 remove_files(note.get("files", ()))
                 if note.get("folder"):
                     remove_dir(note["folder"])

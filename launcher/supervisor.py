@@ -24,8 +24,7 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from hpc_ray import _core
-from hpc_ray.launcher import channel, hosts, link, session, world
-from hpc_ray.launcher.relay import Relay
+from hpc_ray.launcher import channel, hosts, relay, session, world
 from hpc_ray.slurm import signals
 
 RELAUNCHED_VARIABLE = "HPC_RAY_RELAUNCHED"  # in the script's environment: how often it was started before
@@ -60,11 +59,11 @@ def keep_going(
             left = left_of(names)
             gone = [name for name in names if name not in left]
             if gone:
-                link.say(f"not to be reached any more: {', '.join(gone)}")
+                relay.say(f"not to be reached any more: {', '.join(gone)}")
             if not left:
                 break
             names, where = left, ", ".join(left)
-        link.say(f"relaunch {before + 1} of {times} on {where}, with what the journal has")
+        relay.say(f"relaunch {before + 1} of {times} on {where}, with what the journal has")
     return outcome.code
 
 
@@ -120,7 +119,7 @@ def supervise(command: list[str], plan: dict[str, Any], more: dict[str, str] | N
         preexec_fn=before_exec,  # noqa: PLW1509  this program has no threads
     )
     os.close(theirs)
-    errors = Relay(ours, 2, plan["tag"])
+    errors = relay.Relay(ours, 2, plan["tag"])
     report: socket.socket | None = None
     note: dict[str, Any] | None = None  # rank 0's
     ended = False  # rank 0 has
@@ -174,7 +173,7 @@ def supervise(command: list[str], plan: dict[str, Any], more: dict[str, str] | N
         return Outcome(status if status > 0 else 128 - status)  # it did not start, and has said why
     who = "the head" if command == world.MEMBER_COMMAND else "rank 0" if report is not None else "mpirun"
     text = f"{who} has ended without a word (exit code {status})"
-    link.say(f"the session is over before the script is: {text}")
+    relay.say(f"the session is over before the script is: {text}")
     return Outcome(137, text)
 
 

@@ -1,6 +1,6 @@
 """The world of ranks, seen before MPI: who we are in it, how to start one, and a driver's hold on it.
 
-Imports no MPI. ``link`` is what runs in the ranks; ``local.start_cluster`` and ``cli`` decide here how to start.
+Imports no MPI. ``rank`` is what runs in the ranks; ``local.start_cluster`` and ``cli`` decide here how to start.
 
 WORLD-1 (one plan): what the ranks shall do travels as one JSON variable, ``HPC_RAY_LAUNCH_PLAN``, and is read once.
 WORLD-2 (control): rank 0's link has a channel to the driver or to whoever started the world; when its other end closes the
@@ -89,7 +89,7 @@ def make_plan(
     standby: int = 0,
     detached: bool = False,
 ) -> dict[str, Any]:
-    """What the ranks shall do; the argument of ``link.main``, as JSON.
+    """What the ranks shall do; the argument of ``rank.main``, as JSON.
 
     ``options``: amounts for each node, as for ``local.node_config``. ``nodes``: how many (None: one for each host).
     ``standby``: this many more ranks can be told later to lead a node. ``world``: the number of ranks that must come.
@@ -146,7 +146,7 @@ def with_invitation(plan: dict[str, Any], invitation: dict[str, Any]) -> dict[st
     return {**with_members(plan), "own_options": plan["options"], "join": invitation, "invited": True}
 
 
-LINK_COMMAND = [sys.executable, "-P", "-m", "hpc_ray.launcher.link"]
+RANK_COMMAND = [sys.executable, "-P", "-m", "hpc_ray.launcher.rank"]
 MEMBER_COMMAND = [sys.executable, "-P", "-m", "hpc_ray.launcher.member"]
 
 
@@ -442,7 +442,7 @@ def start_virtual(
     )
     if mpirun is None:
         return start_member(with_members(plan), settings.start_timeout_s)
-    return _start_world(mpirun_command(mpirun, nodes + standby, LINK_COMMAND), plan, settings.start_timeout_s)
+    return _start_world(mpirun_command(mpirun, nodes + standby, RANK_COMMAND), plan, settings.start_timeout_s)
 
 
 def start_member(plan: dict[str, Any], timeout_s: float) -> World:
@@ -546,7 +546,7 @@ def start_in_rank(
         theirs.set_inheritable(True)
         variables = dict(os.environ)
         variables[PLAN_VARIABLE] = json.dumps(plan)
-        command = [*LINK_COMMAND, str(theirs.fileno())]
+        command = [*RANK_COMMAND, str(theirs.fileno())]
         with open(os.devnull, "rb") as null:
             child = subprocess.Popen(command, env=variables, close_fds=False, stdin=null)  # PMI's descriptors stay open
         theirs.close()
@@ -577,7 +577,7 @@ def become_link(plan: dict[str, Any]) -> NoReturn:
     variables = dict(os.environ)
     variables[PLAN_VARIABLE] = json.dumps(plan)
     signals.hold_back()
-    os.execve(LINK_COMMAND[0], LINK_COMMAND, variables)
+    os.execve(RANK_COMMAND[0], RANK_COMMAND, variables)
 
 
 def join_from_link(build: str = "") -> Attachment:

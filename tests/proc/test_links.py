@@ -108,7 +108,7 @@ def links_of(pid: int) -> list[int]:
     found = []
     for child in session.children(pid):
         words = Path(f"/proc/{child}/cmdline").read_bytes().split(b"\0")[:8]
-        if b"hpc_ray.launcher.link" in words or b"hpc_ray.launcher.member" in words:
+        if b"hpc_ray.launcher.rank" in words or b"hpc_ray.launcher.member" in words:
             try:
                 if os.readlink(f"/proc/{child}/exe") == os.path.realpath(sys.executable):
                     found.append(child)
@@ -444,7 +444,7 @@ def test_a_launcher_of_another_mpi():
     told = []
     for rank in range(2):
         variables = environment(**{foreign.format("RANK"): str(rank), foreign.format("SIZE"): "2"})
-        done = finished(world.LINK_COMMAND, env={**variables, world.PLAN_VARIABLE: json.dumps(plan)})
+        done = finished(world.RANK_COMMAND, env={**variables, world.PLAN_VARIABLE: json.dumps(plan)})
         assert done.returncode == 1
         told.append(done.stderr)
     assert "they do not belong together" in told[0] and told[1] == ""
@@ -454,7 +454,7 @@ def test_singletons_are_refused():
     """A launcher that MPI does not see at all: each rank would be rank 0 of 1."""
     plan = world.make_plan({"num_cpus": 1, "object_store_memory": STORE}, world=2, nodes=2)
     variables = environment(SLURM_STEP_ID="0", SLURM_STEP_NUM_TASKS="2", SLURM_PROCID="0", SLURM_LOCALID="0")
-    done = finished(world.LINK_COMMAND, env={**variables, world.PLAN_VARIABLE: json.dumps(plan)})
+    done = finished(world.RANK_COMMAND, env={**variables, world.PLAN_VARIABLE: json.dumps(plan)})
     assert done.returncode == 1 and "do not belong together" in done.stderr, done.stderr
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fcntl
+import json
 import os
 import signal
 import subprocess
@@ -237,6 +238,20 @@ def test_stale_folders_are_swept_and_live_ones_are_not(tmp_path):
         assert not dead.parent.exists() and live.exists()
     session.sweep()
     assert not live.parent.exists()
+
+
+def test_a_sweep_does_not_take_another_process_for_a_dead_leader():
+    """Its number has come again, for a process that leads a kernel's session of its own."""
+    other = subprocess.Popen(["sleep", "100"], start_new_session=True)
+    try:
+        dead = Path(session.base_dir()) / "session_2000_dead" / "node-0"
+        dead.mkdir(parents=True)
+        (dead / "lock").write_text(json.dumps({"pid": other.pid, "start": session.process_start(other.pid) - 1}))
+        session.sweep()
+        assert not dead.exists() and other.poll() is None
+    finally:
+        other.kill()
+        other.wait()
 
 
 def test_a_folder_can_be_made_while_others_are_swept():

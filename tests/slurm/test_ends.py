@@ -76,7 +76,7 @@ def test_a_host_dies(slurm, box, launch):
         assert "a host or rank 0 was lost" in err or job.returncode > 1, err
 
 
-@pytest.mark.parametrize("victim", ["hpc_ray.launcher.link", "hpc_ray.launcher.node"])
+@pytest.mark.parametrize("victim", ["hpc_ray.launcher.rank", "hpc_ray.launcher.node"])
 def test_a_process_of_ours_is_killed(slurm, box, victim):
     """The link or the node process of the host that is not the head: whatever that ends, nothing stays of it."""
     job, number = start(slurm, "polite")

@@ -7,7 +7,7 @@ import os
 import pytest
 
 from hpc_ray.exceptions import LaunchError
-from hpc_ray.launcher import link, session, world
+from hpc_ray.launcher import pairing, rank, session, world
 from hpc_ray.launcher.relay import Relay, last_words
 from hpc_ray.launcher.world import HYDRA, MPIRun, Rank
 
@@ -83,7 +83,7 @@ NONE = {"SLURM_MPI_TYPE": "none"}
     ],
 )
 def test_launchers_and_libraries_that_may_fit(launcher, library, variables):
-    assert link.pairing_problem(launcher, library, variables) == ""
+    assert pairing.problem(launcher, library, variables) == ""
 
 
 @pytest.mark.parametrize(
@@ -101,7 +101,7 @@ def test_launchers_and_libraries_that_may_fit(launcher, library, variables):
     ],
 )
 def test_those_that_cannot_are_refused(launcher, library, variables, words):
-    assert words in link.pairing_problem(launcher, library, variables)
+    assert words in pairing.problem(launcher, library, variables)
 
 
 @pytest.mark.parametrize(
@@ -116,13 +116,13 @@ def test_those_that_cannot_are_refused(launcher, library, variables, words):
     ],
 )
 def test_who_leads_a_node(hosts, nodes, ranks):
-    assert link.leaders(hosts, nodes) == ranks
+    assert rank.leaders(hosts, nodes) == ranks
 
 
 @pytest.mark.parametrize(("nodes", "words"), [(4, "there are 3 ranks"), (1, "the ranks are on 2 hosts")])
 def test_numbers_of_nodes_that_cannot_be(nodes, words):
     with pytest.raises(LaunchError, match=words):
-        link.leaders(["a", "a", "b"], nodes)
+        rank.leaders(["a", "a", "b"], nodes)
 
 
 def test_a_job_means_its_own_sessions():

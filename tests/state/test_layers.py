@@ -82,7 +82,7 @@ INSIDE_FUNCTIONS = {
     ("hpc_ray.session", "hpc_ray.launcher.world"): _START,
     ("hpc_ray.mpi", "hpc_ray.launcher.steps"): _START,
     ("hpc_ray.packing", "hpc_ray.uploads"): _START,
-    ("hpc_ray.launcher.link", "hpc_ray.transport.mpi"): "MPI is started in the link alone, after the node's process is forked",
+    ("hpc_ray.launcher.rank", "hpc_ray.transport.mpi"): "MPI is started in the rank alone, after the node's process is forked",
 }
 
 

@@ -230,4 +230,4 @@ def test_a_node_of_three_dies():
 def _is_link(pid: int) -> bool:
     with open(f"/proc/{pid}/cmdline") as file:
         words = file.read().split("\0")
-    return "hpc_ray.launcher.link" in words and "python" in os.path.basename(words[0])
+    return "hpc_ray.launcher.rank" in words and "python" in os.path.basename(words[0])
