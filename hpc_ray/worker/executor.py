@@ -61,6 +61,9 @@ from hpc_ray.worker.results import Results
 
 FETCH_AHEAD = 4  # of so many queued tasks the arguments are brought to this node before their turn
 
+THREADS = "OMP_NUM_THREADS"  # as Ray: libraries that a task loads have as many threads as it has CPUs
+OUR_THREADS = "HPC_RAY_OMP_NUM_THREADS"  # what we have set it to; also for processes that inherit it
+
 Running = tuple[Any, context.TaskContext, int]  # thread id or asyncio.Task; who; since when (0: waits for its turn)
 
 
@@ -155,6 +158,11 @@ class Executor:
         """What runs from here on runs in this."""
         self.shape = shape
         context.captured = shape.group_id if shape.capture_children else b""
+        variables = os.environ
+        if variables.get(THREADS) == variables.get(OUR_THREADS):  # else they are the user's
+            threads = str(max(1, shape.resources.get("CPU", 0) // UNIT))
+            if variables.get(THREADS) != threads:
+                variables[THREADS] = variables[OUR_THREADS] = threads
 
     def use_instances(self, instances: dict[str, list[list[int]]]) -> None:
         if instances == context.instances and "GPU" not in instances:

@@ -526,6 +526,27 @@ def test_max_calls_of_tasks_with_a_gpu(ray):
     assert [ray.remote(**one)(plain)._options.get("max_calls") for one in given] == [1, 0, None]
 
 
+def test_numerical_libraries_have_the_threads_of_the_task(ray):
+    """As in Ray: as many as the task has CPUs, unless the user has said how many."""
+
+    @ray.remote
+    def threads():
+        return os.environ.get("OMP_NUM_THREADS")
+
+    @ray.remote
+    class Actor:
+        def threads(self):
+            return os.environ.get("OMP_NUM_THREADS")
+
+    mine = os.environ.get("OMP_NUM_THREADS")
+    for cpus in (1, 2, 0.5, 0, 1):
+        assert ray.get(threads.options(num_cpus=cpus).remote()) == (mine or str(max(1, int(cpus))))
+    assert ray.get(Actor.remote().threads.remote()) == (mine or "1")
+    assert ray.get(Actor.options(num_cpus=2).remote().threads.remote()) == (mine or "2")
+    given = threads.options(runtime_env={"env_vars": {"OMP_NUM_THREADS": "7"}})
+    assert ray.get([given.remote() for _ in range(2)]) == ["7", "7"]
+
+
 # ------------------------------------------------------------------ cancelling
 
 
