@@ -152,14 +152,12 @@ def start_local(
         name = session.new_name()
         config = node_config(
             session_name=name,
-            session_dir=os.path.join(session.base_dir(), name, "node-0"),
             settings=settings,
             environment=environment,
             journal=journal,
             **options,
         )
-        _, lock = session.make_dir(name, 0)
-        node.configure(config, lock, detached=detached)
+        node.configure(config, detached=detached)
         node.wait_ready()
         attachment = connect(name, owned=None if detached else node, build=build)
     except BaseException as error:

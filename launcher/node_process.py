@@ -15,6 +15,8 @@ import subprocess
 import sys
 import time
 
+import msgspec
+
 from hpc_ray.config import NodeConfig, Settings, encode_config
 from hpc_ray.exceptions import ConfigurationError, LaunchError
 from hpc_ray.launcher import channel, host, session
@@ -27,7 +29,6 @@ _STORE_FRACTION = 0.3  # of the available memory, as Ray
 def node_config(
     *,
     session_name: str,
-    session_dir: str,
     node: int = 0,
     nodes: int = 1,
     share: int = 1,
@@ -45,7 +46,8 @@ def node_config(
     working_dir: str = "",
     journal: str = "",
 ) -> NodeConfig:
-    """The description of a node on this host; what is not given is discovered, and divided by ``share`` (virtual nodes).
+    """The description of a node on this host, which has no folder yet; what is not given is discovered, and divided by ``share`` (virtual
+    nodes).
 
     Raises:
         ConfigurationError: amounts that cannot be, or more memory than the machine or cgroup has.
@@ -95,7 +97,7 @@ def node_config(
     all_labels.update(labels or {})
     return NodeConfig(
         session=session_name,
-        session_dir=session_dir,
+        session_dir="",
         node=node,
         node_id=node_id,
         hostname=socket.gethostname(),
@@ -149,11 +151,13 @@ class NodeProcess:
         theirs.close()
 
     def configure(
-        self, config: NodeConfig, lock: int, *, detached: bool = False, outlives: bool = False, cpus: set[int] | None = None
+        self, config: NodeConfig, *, detached: bool = False, outlives: bool = False, cpus: set[int] | None = None
     ) -> None:
-        """Says what the node is and which CPUs it may use (None: those it has); ``lock`` is closed here. ``wait_ready`` comes next.
-        ``detached``: it does not end with us; ``outlives``: it does, but we are not a driver's."""
-        self.session, self.node, self.folder = config.session, config.node, config.session_dir
+        """Makes its folder, and says what the node is and which CPUs it may use (None: those it has). ``wait_ready`` comes next.
+        ``detached``: it does not end with us; ``outlives``: it does, but we are not a driver's. Raises LaunchError."""
+        self.session, self.node = config.session, config.node
+        self.folder, lock = session.make_dir(config.session, config.node)
+        config = msgspec.structs.replace(config, session_dir=self.folder)
         self._timeout_s = config.settings.start_timeout_s
         note = {"config": encode_config(config), "detached": detached, "outlives": outlives or detached, "cpus": sorted(cpus or ())}
         try:

@@ -264,7 +264,6 @@ class Rank:
             self.node_process = NodeProcess(roles=self.plan["roles"])
         config = node_config(
             session_name=name,
-            session_dir=os.path.join(session.base_dir(), name, f"node-{self.node}"),
             node=self.node,
             nodes=self.nodes,
             share=share,
@@ -277,8 +276,7 @@ class Rank:
             journal=self.plan["journal"] if self.node == 0 else "",
             **options,
         )
-        _, lock = session.make_dir(name, self.node)
-        self.node_process.configure(config, lock, cpus=self.cpus, outlives=self.plan["detached"])
+        self.node_process.configure(config, cpus=self.cpus, outlives=self.plan["detached"])
         self.node_process.wait_ready()
         try:
             return connect(name, self.node, kind=ProcessKind.LINK, lane_index=LINK_LANE, handshake=False)

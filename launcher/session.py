@@ -7,6 +7,8 @@ SESSION-2 (who removes): each node removes its own folder; whoever removes the l
 
 from __future__ import annotations
 
+import contextlib
+import errno
 import fcntl
 import json
 import os
@@ -78,8 +80,7 @@ def base_dir() -> str:
             continue
         path = os.path.join(parent, f"hpc_ray-{os.getuid()}")
         try:
-            os.makedirs(path, mode=0o700, exist_ok=True)
-            status = os.lstat(path)
+            status = _make_base(path)
             if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.getuid():
                 raise LaunchError(f"{path} is not a folder of this user; remove it or set TMPDIR")
             if status.st_mode & 0o077:
@@ -88,6 +89,16 @@ def base_dir() -> str:
         except OSError as error:
             problems.append(f"{path}: {error.strerror}")
     raise LaunchError("no folder for session files; set TMPDIR to a writable one. Tried " + "; ".join(problems))
+
+
+def _make_base(path: str) -> os.stat_result:
+    """Others remove it when it is empty, also between our making of it and our look at it."""
+    for _ in range(1000):
+        with contextlib.suppress(FileExistsError):
+            os.mkdir(path, 0o700)
+        with contextlib.suppress(FileNotFoundError):
+            return os.lstat(path)
+    raise FileNotFoundError(errno.ENOENT, "it is removed as often as it is made", path)
 
 
 def make_dir(session: str, node: int) -> tuple[str, int]:

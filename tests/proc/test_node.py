@@ -269,6 +269,8 @@ def test_a_folder_can_be_made_while_others_are_swept():
             path, lock = session.make_dir(session.new_name(), 0)
             session.remove_dir(path)
             os.close(lock)
+            path = session.base_dir()
+            assert path.startswith(os.environ["TMPDIR"]), "and not another one, because it was away for an instant"
     finally:
         over.set()
         sweeper.join()
