@@ -324,15 +324,21 @@ def members(session: str, node: str = "", leader: int = 0) -> list[int]:
         fields = _stat_fields(pid)
         if not fields or fields[0] == "Z":
             continue
-        if leader and int(fields[3]) == leader and leader != os.getsid(0):
-            found.append(pid)
-            continue
         variables = environment_of(pid)
-        if variables.get(SESSION_VARIABLE.encode()) == wanted and (
-            not node or variables.get(NODE_VARIABLE.encode()) == node.encode()
-        ):
+        in_session = leader and int(fields[3]) == leader and leader != os.getsid(0) and _may_be_of(pid, variables, wanted)
+        is_marked = variables.get(SESSION_VARIABLE.encode()) == wanted
+        if in_session or (is_marked and (not node or variables.get(NODE_VARIABLE.encode()) == node.encode())):
             found.append(pid)
     return found
+
+
+def _may_be_of(pid: int, variables: dict[bytes, bytes], session: bytes) -> bool:
+    """Whether a process in a kernel's session of this number can be of ours: a number that has come again may be another one's by now."""
+    try:
+        same = os.readlink(f"/proc/{pid}/ns/pid") == os.readlink("/proc/self/ns/pid")
+    except OSError:
+        return False  # it is gone, or somebody else's
+    return same and variables.get(SESSION_VARIABLE.encode(), session) == session
 
 
 def kill_leftovers(session: str, node: str = "", leader: int = 0) -> int:

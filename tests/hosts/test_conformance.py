@@ -1,0 +1,40 @@
+"""Programs whose results on Ray are known, where nodes are hosts: those that lose nodes, place groups, and leave actors behind."""
+
+from __future__ import annotations
+
+import shlex
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+
+from hpc_ray.launcher import world
+
+CONFORMANCE = Path(__file__).parents[1] / "conformance"
+CASES = {"mpirun": ["fault_tolerance", "placement_groups", "actor_names/detached*"], "tcp": ["fault_tolerance"]}
+NAMES = ["node1", "node2", "node3"]
+MPIRUN = world.find_mpirun() if shutil.which("mpirun") else None
+
+
+@pytest.mark.timeout(170)
+@pytest.mark.parametrize("how", CASES)
+def test_cases_of_clusters(hosts, how):
+    agent = hosts.tool("agent")
+    variables: dict[str, str] = {}
+    if how == "mpirun":
+        if MPIRUN is None:
+            pytest.skip("there is no mpirun on PATH")
+        options, variables = world.host_options(MPIRUN, NAMES, 3, agent)
+        launch = world.mpirun_command(MPIRUN, 3, ["hpc-ray", "run", "--quiet"], options, passed=())
+    else:
+        launch = ["hpc-ray", "run", "--quiet", "--survive-nodes", "--hosts", ",".join(NAMES), "--agent", agent]
+    shared = hosts.folder / "conformance"  # the cases' own files: tasks on other hosts must see them
+    shared.mkdir(exist_ok=True)
+    line = shlex.join(["env", "-u", "TMPDIR", *map(str, launch)])
+    chosen = [word for case in CASES[how] for word in ("--only", case)]
+    check = [sys.executable, CONFORMANCE / "runner.py", "check", "--engine", "hpc_ray", *chosen, "--launch", line]
+    process = hosts.start(1, *check, TMPDIR=str(shared), **world.under_root(variables))
+    out, err = process.communicate(timeout=160)
+    assert process.returncode == 0 and ", 0 failed" in out, out + err
+    hosts.await_nothing_left()
