@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import shlex
-import shutil
 import sys
 from pathlib import Path
 
 import pytest
 
+from hpc_ray.exceptions import LaunchError
 from hpc_ray.launcher import world
 
 CONFORMANCE = Path(__file__).parents[1] / "conformance"
 CASES = {"mpirun": ["fault_tolerance", "placement_groups", "actor_names/detached*"], "tcp": ["fault_tolerance"]}
 NAMES = ["node1", "node2", "node3"]
-MPIRUN = world.find_mpirun() if shutil.which("mpirun") else None
 
 
 @pytest.mark.timeout(170)
@@ -23,10 +22,12 @@ def test_cases_of_clusters(hosts, how):
     agent = hosts.tool("agent")
     variables: dict[str, str] = {}
     if how == "mpirun":
-        if MPIRUN is None:
-            pytest.skip("there is no mpirun on PATH")
-        options, variables = world.host_options(MPIRUN, NAMES, 3, agent)
-        launch = world.mpirun_command(MPIRUN, 3, ["hpc-ray", "run", "--quiet"], options, passed=())
+        try:
+            mpirun = world.find_mpirun()
+        except LaunchError as error:
+            pytest.skip(str(error))
+        options, variables = world.host_options(mpirun, NAMES, 3, agent)
+        launch = world.mpirun_command(mpirun, 3, ["hpc-ray", "run", "--quiet"], options, passed=())
     else:
         launch = ["hpc-ray", "run", "--quiet", "--survive-nodes", "--hosts", ",".join(NAMES), "--agent", agent]
     shared = hosts.folder / "conformance"  # the cases' own files: tasks on other hosts must see them
