@@ -784,12 +784,12 @@ class Owner:
             if simulator.prices is None:
                 self._give_back(key, lease)
             else:
-                lease.idle_since = simulator.now
-                simulator.after(settings.lease_idle_s, lambda: self._tired(key, lease))
+                since = lease.idle_since = simulator.now
+                simulator.after(settings.lease_idle_s, lambda: self._tired(key, lease, since))
 
-    def _tired(self, key: LeaseKey, lease: HeldLease) -> None:
-        idle_s = self.process.simulator.now - lease.idle_since
-        if self._leases.get(key) is lease and not lease.tasks and idle_s >= self.process.simulator.settings.lease_idle_s:
+    def _tired(self, key: LeaseKey, lease: HeldLease, since: float) -> None:
+        """It has been idle since then, and not only again."""
+        if self._leases.get(key) is lease and not lease.tasks and lease.idle_since == since:
             self._give_back(key, lease)
 
     def _push(self, key: LeaseKey, lease: HeldLease, task: Task) -> None:
