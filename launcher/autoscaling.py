@@ -163,8 +163,7 @@ def autoscale(
     except (ValueError, TypeError, AttributeError):
         raise click.BadParameter(f"a JSON object of numbers is needed, like '{{\"disk\": 2}}', not {resources!r}") from None
     name = member.read_invitation(join_file)["session"]
-    fields = complete({**fields, "nodes": 1, "ntasks": None, "ntasks_per_node": None, "survive_nodes": True, "mpi": ""})
-    fields["survive_nodes"] = False  # one node has no others
+    fields = complete({**fields, "nodes": 1, "ntasks": None, "ntasks_per_node": None, "survive_nodes": False, "mpi": ""})
     wanted = job.Job(script="", job_name=f"hpc-ray-node-{name.rpartition('_')[2]}", signal_s=0, **fields)
     text = job.join_script(wanted, os.path.abspath(join_file), JOB_LABEL, custom)
     if dry_run:
