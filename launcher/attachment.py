@@ -20,7 +20,7 @@ from hpc_ray.config import NodeConfig, decode_config
 from hpc_ray.exceptions import LaunchError
 from hpc_ray.ids import raylet_address
 from hpc_ray.launcher import channel
-from hpc_ray.protocol import ProcessKind, ProcessStarted, Welcome, decode, encode
+from hpc_ray.protocol import Answer, DrainNode, ProcessKind, ProcessLeaving, ProcessStarted, Query, Welcome, decode, encode
 
 
 class Attachment:
@@ -57,6 +57,7 @@ class Attachment:
         self.node_death: str | None = None
         self._owned = owned  # has close(): the node, or the whole cluster, that lives for us
         self._closing = False
+        self._asked = 0
         self._callback: Callable[[str], None] | None = None
         self._mutex = threading.Lock()
         channel.let_go_in_forks(connection)
@@ -136,6 +137,28 @@ class Attachment:
             late = self.node_death
         if callback is not None and late is not None:
             callback(late)
+
+    def ask(self, questions: list[tuple[int, str, dict[str, Any]]], timeout_s: float = 10.0) -> list[Answer | None]:
+        """The answers to Queries (address, name, arguments), in their order; None where none has come in time. For commands, which have
+        no client: other messages are dropped. Blocks; returns early when the node has gone."""
+        first = self._asked + 1
+        for destination, name, arguments in questions:
+            self._asked += 1
+            message = DrainNode(self._asked, **arguments) if name == "drain" else Query(self._asked, name, arguments)
+            self.lane.send(destination, encode(message))
+        answers: dict[int, Answer] = {}
+        deadline = time.monotonic() + timeout_s
+        while len(answers) < len(questions) and time.monotonic() < deadline and self.node_death is None:
+            for _, data in self.lane.receive(0.2):
+                message = decode(data)
+                if isinstance(message, Answer):
+                    answers[message.request_id] = message
+        return [answers.get(number) for number in range(first, self._asked + 1)]
+
+    def leave(self) -> None:
+        """Says goodbye, and closes."""
+        self.lane.send(raylet_address(self.config.node), encode(ProcessLeaving("the command is done")))
+        self.close()
 
     def close(self) -> None:
         """Leaves the node, and ends it if it lives for us. Blocks until it has ended. May be called twice."""

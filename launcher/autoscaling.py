@@ -11,7 +11,6 @@ before, jobs that wait are cancelled too, and nodes that are there stay.
 from __future__ import annotations
 
 import getpass
-import json
 import os
 import signal
 import time
@@ -21,11 +20,11 @@ import click
 
 from hpc_ray.exceptions import ConfigurationError, LaunchError
 from hpc_ray.ids import GCS_ADDRESS, raylet_address
-from hpc_ray.launcher import local, member, session
+from hpc_ray.launcher import local, member, parameters, session
 from hpc_ray.launcher.attachment import Attachment
 from hpc_ray.launcher.elastic import Autoscaler, Demand, Limits, Node, Seen, Steps
 from hpc_ray.launcher.submission import complete
-from hpc_ray.protocol import UNIT, Answer, DrainNode, NodeInfo, ProcessLeaving, Query, Resources, decode, encode
+from hpc_ray.protocol import UNIT, NodeInfo, Resources
 from hpc_ray.slurm import commands, job, scheduler
 from hpc_ray.version import __version__
 
@@ -44,38 +43,26 @@ class Cluster:
     """The running cluster, asked from one of its nodes."""
 
     def __init__(self, attachment: Attachment):
-        self.lane = attachment.lane
-        self.node = attachment.config.node
         self._attachment = attachment
-        self._ended: list[str] = []
-        self._number = 0
-        attachment.on_node_death = self._ended.append
 
     def ask(self, questions: list[tuple[int, str, dict[str, Any]]]) -> list[Any]:
-        """The answers, in order; None of a node that gives none in ``_ANSWER_S``. Blocks.
+        """The answers, in order; None of a node that gives none in ``_ANSWER_S``, or an error. Blocks.
 
         Raises:
             SessionEnded: our node has gone.
         """
-        first = self._number + 1
-        for destination, name, arguments in questions:
-            self._number += 1
-            message = DrainNode(self._number, **arguments) if name == "drain" else Query(self._number, name, arguments)
-            self.lane.send(destination, encode(message))
-        answers: dict[int, Any] = {}
-        deadline = time.monotonic() + _ANSWER_S
-        while len(answers) < len(questions) and time.monotonic() < deadline:
-            self.wait(0.2, answers)
-        return [answers.get(number) for number in range(first, self._number + 1)]
+        answers = self._attachment.ask(questions, _ANSWER_S)
+        self._check()
+        return [None if answer is None or answer.error else answer.value for answer in answers]
 
-    def wait(self, timeout_s: float, answers: dict[int, Any] | None = None) -> None:
-        """Takes what comes. Raises SessionEnded."""
-        for _, data in self.lane.receive(timeout_s):
-            message = decode(data)
-            if isinstance(message, Answer) and answers is not None:
-                answers[message.request_id] = None if message.error else message.value
-        if self._ended:
-            raise SessionEnded(self._ended[0])
+    def wait(self, timeout_s: float) -> None:
+        """What comes meanwhile was not asked for. Raises SessionEnded."""
+        self._attachment.lane.receive(timeout_s)
+        self._check()
+
+    def _check(self) -> None:
+        if self._attachment.node_death is not None:
+            raise SessionEnded(self._attachment.node_death)
 
     def look(self, jobs: dict[str, str], shape: Resources) -> Seen:
         """Raises SessionEnded."""
@@ -97,8 +84,7 @@ class Cluster:
         return Seen(demand, nodes, jobs, shape, others)
 
     def close(self) -> None:
-        self.lane.send(raylet_address(self.node), encode(ProcessLeaving("the command is done")))
-        self._attachment.close()
+        self._attachment.leave()
 
 
 def _offered(total: Resources) -> Resources:
@@ -123,34 +109,20 @@ _OPTIONS = (
     click.option("--wait-s", type=click.FloatRange(0), default=3.0, show_default=True, help="So long work waits before nodes are added."),
     click.option("--idle-s", type=click.FloatRange(0), default=60.0, show_default=True, help="Nodes without work so long are returned."),
     click.option("-c", "--cpus-per-task", type=int, help="CPUs of each node."),
-    click.option("-G", "--gpus-per-node", default="", metavar="[TYPE:]N", help="GPUs of each node."),
-    click.option("--mem", default="", metavar="SIZE", help="Memory of each node, like 64G."),
-    click.option("-t", "--time", default="", help="Longest time of a node: minutes, HH:MM:SS or D-HH:MM:SS."),
-    click.option("-p", "--partition", default=""),
-    click.option("-A", "--account", default=""),
-    click.option("-q", "--qos", default=""),
-    click.option("-C", "--constraint", default="", help="Features of the nodes."),
+    *parameters.NODES,
     click.option("-o", "--output", default=job.NODE_OUTPUT, show_default=True, help="File of a node's output."),
-    click.option("--exclusive", is_flag=True, help="Whole nodes."),
-    click.option("--sbatch", "lines", multiple=True, metavar="OPTION", help="One more #SBATCH line; may be repeated."),
-    click.option("--setup", multiple=True, metavar="LINE", help="A line of shell before the start; may be repeated."),
-    click.option("--container", default="", metavar="PREFIX", help="Runs a command in a container: 'apptainer exec --nv image.sif'."),
-    click.option("--command", default="", help="hpc-ray on the nodes.  [default: this one]"),
+    parameters.EXCLUSIVE,
+    *parameters.SURROUNDINGS,
+    parameters.COMMAND,
+    parameters.RESOURCES,
     click.option("--dry-run", is_flag=True, help="Print the batch script of a node, and submit nothing."),
 )
 
 
-def _options(command: Any) -> Any:
-    for option in reversed(_OPTIONS):
-        command = option(command)
-    return command
-
-
 @click.command()
-@_options
-@click.option("--resources", help="Custom resources of each node, as JSON.")
+@parameters.several(_OPTIONS)
 def autoscale(
-    join_file: str, least: int, most: int, wait_s: float, idle_s: float, resources: str | None, dry_run: bool, **fields: Any
+    join_file: str, least: int, most: int, wait_s: float, idle_s: float, resources: dict[str, float] | None, dry_run: bool, **fields: Any
 ) -> None:
     """Let a cluster grow and shrink with its work: each node more is a Slurm job that joins it. Runs until the session ends.
 
@@ -158,30 +130,26 @@ def autoscale(
     """
     if least > most:
         raise click.UsageError(f"--min is {least}, which is more than --max, {most}")
-    try:
-        custom = {str(name): float(amount) for name, amount in json.loads(resources or "{}").items()}
-    except (ValueError, TypeError, AttributeError):
-        raise click.BadParameter(f"a JSON object of numbers is needed, like '{{\"disk\": 2}}', not {resources!r}") from None
     name = member.read_invitation(join_file)["session"]
     fields = complete({**fields, "nodes": 1, "ntasks": None, "ntasks_per_node": None, "survive_nodes": False, "mpi": ""})
     wanted = job.Job(script="", job_name=f"hpc-ray-node-{name.rpartition('_')[2]}", signal_s=0, **fields)
-    text = job.join_script(wanted, os.path.abspath(join_file), JOB_LABEL, custom)
+    text = job.join_script(wanted, os.path.abspath(join_file), JOB_LABEL, resources or {})
     if dry_run:
         click.echo(text, nl=False)
         return
     if name not in dict(session.running()):
         raise ConfigurationError(f"session {name} of {join_file} has no node on this host: start this on its head's host")
     cluster = Cluster(local.attach(name, build=__version__))
-    _run(cluster, Autoscaler(Limits(least, most, wait_s, idle_s)), wanted, text, custom)
+    _run(cluster, Autoscaler(Limits(least, most, wait_s, idle_s)), wanted, text, resources)
 
 
-def _run(cluster: Cluster, decider: Autoscaler, wanted: job.Job, text: str, custom: dict[str, float]) -> None:
+def _run(cluster: Cluster, decider: Autoscaler, wanted: job.Job, text: str, resources: dict[str, float] | None) -> None:
     stopped: list[int] = []
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         signal.signal(number, lambda received, frame: stopped.append(received))
     (rows,) = cluster.ask([(GCS_ADDRESS, "nodes", {})])
     head = next(row for row in rows or () if row["is_head"])
-    shape = expected_shape(wanted, custom, head["total"])
+    shape = expected_shape(wanted, resources, head["total"])
     jobs: dict[str, str] = {}
     ask_slurm_at = 0.0
     limits = decider.limits

@@ -13,7 +13,6 @@ import os
 import shutil
 import sys
 import tempfile
-import time
 from typing import Any, NoReturn
 
 import click
@@ -22,8 +21,8 @@ from hpc_ray import as_ray as as_ray_module
 from hpc_ray.config import Settings
 from hpc_ray.exceptions import RayError
 from hpc_ray.ids import GCS_ADDRESS
-from hpc_ray.launcher import hosts, local, member, session, submission, supervisor, world
-from hpc_ray.protocol import UNIT, Answer, ProcessLeaving, Query, decode, encode
+from hpc_ray.launcher import hosts, local, member, parameters, session, submission, supervisor, world
+from hpc_ray.protocol import UNIT
 from hpc_ray.slurm import signals
 from hpc_ray.version import __version__
 
@@ -41,51 +40,21 @@ def _fail_silently(place: world.Rank | None) -> NoReturn:
     sys.exit(2)
 
 
-def _json_object(context: click.Context, parameter: click.Parameter, value: str | None) -> dict[str, float] | None:
-    if value is None:
-        return None
-    try:
-        found = json.loads(value)
-        if not isinstance(found, dict):
-            raise ValueError("not an object")
-        return {str(name): float(amount) for name, amount in found.items()}
-    except (ValueError, TypeError) as error:
-        raise click.BadParameter(f"a JSON object of numbers is needed, like '{{\"disk\": 2}}': {error}") from None
-
-
-def _label_pairs(context: click.Context, parameter: click.Parameter, value: str | None) -> dict[str, str] | None:
-    if value is None:
-        return None
-    pairs = [pair.partition("=") for pair in value.split(",") if pair]
-    if not all(name.strip() and equals for name, equals, _ in pairs):
-        raise click.BadParameter(f"labels are name=value, separated by commas, like zone=a,disk=fast, not {value!r}")
-    return {name.strip(): label.strip() for name, _, label in pairs}
-
-
-def _amounts(command: Any) -> Any:
-    """Options for what a node has."""
-    for option in (
-        click.option("--num-cpus", type=float, help="CPUs of each node (default: all, divided among virtual nodes)."),
-        click.option("--num-gpus", type=float, help="GPUs of each node (default: all, divided)."),
-        click.option("--resources", callback=_json_object, help="Custom resources of each node, as JSON."),
-        click.option("--memory", type=int, help="Bytes of memory for tasks on each node."),
-        click.option("--object-store-memory", type=int, help="Bytes of each node's object store."),
-        click.option("--labels", callback=_label_pairs, help="Labels of each node, like zone=a,disk=fast."),
-    ):
-        command = option(command)
-    return command
-
-
-def _places(command: Any) -> Any:
-    """Options for where nodes over TCP are, and who may come later."""
-    for option in (
-        click.option("--hosts", help="Hosts, like node1,node2, each a node that may be lost while the others go on."),
-        click.option("--hostfile", type=click.Path(exists=True, dir_okay=False), help="The same, one on a line as for mpirun."),
-        click.option("--agent", help=f"Starts nodes on other hosts, as AGENT HOST COMMAND (default: {hosts.DEFAULT_AGENT})."),
-        click.option("--join-file", type=click.Path(dir_okay=False), help="Leave here what `hpc-ray start --join` needs."),
-    ):
-        command = option(command)
-    return command
+_AMOUNTS = (
+    click.option("--num-cpus", type=float, help="CPUs of each node (default: all, divided among virtual nodes)."),
+    click.option("--num-gpus", type=float, help="GPUs of each node (default: all, divided)."),
+    parameters.RESOURCES,
+    click.option("--memory", type=int, help="Bytes of memory for tasks on each node."),
+    click.option("--object-store-memory", type=int, help="Bytes of each node's object store."),
+    click.option("--labels", callback=parameters.label_pairs, help="Labels of each node, like zone=a,disk=fast."),
+)
+# Where nodes over TCP are, and who may come later.
+_PLACES = (
+    click.option("--hosts", help="Hosts, like node1,node2, each a node that may be lost while the others go on."),
+    click.option("--hostfile", type=click.Path(exists=True, dir_okay=False), help="The same, one on a line as for mpirun."),
+    click.option("--agent", help=f"Starts nodes on other hosts, as AGENT HOST COMMAND (default: {hosts.DEFAULT_AGENT})."),
+    click.option("--join-file", type=click.Path(dir_okay=False), help="Leave here what `hpc-ray start --join` needs."),
+)
 
 
 class _Commands(click.Group):
@@ -129,8 +98,8 @@ def cli(context: click.Context) -> None:
     is_flag=True,
     help="The loss of a node that is not this host is not the end. Nodes are those of the Slurm job, of --hosts, or virtual ones.",
 )
-@_places
-@_amounts
+@parameters.several(_PLACES)
+@parameters.several(_AMOUNTS)
 @click.option("--as-ray", is_flag=True, help="`import ray` gives hpc_ray, in the script and in all workers.")
 @click.option("-q", "--quiet", is_flag=True, help="Do not print the roster.")
 @click.option("--relaunch", type=click.IntRange(0), default=0, help="When a session is lost, start again on the hosts left, so often.")
@@ -310,8 +279,8 @@ def _exec_script(command: list[str], options: dict[str, Any]) -> NoReturn:
 @click.option("--head", is_flag=True, help="Accepted for Ray's sake; a cluster's first node is its head.")
 @click.option("--join", type=click.Path(dir_okay=False), help="Be a node of the cluster whose --join-file this is.")
 @click.option("--block", is_flag=True, help="With --join: stay in the foreground, and leave when this command is ended.")
-@_places
-@_amounts
+@parameters.several(_PLACES)
+@parameters.several(_AMOUNTS)
 def start(
     head: bool,
     join: str | None,
@@ -348,7 +317,7 @@ def start(
             _fail("--agent is for nodes on other hosts: name them with --hosts or --hostfile", 2)
         attachment = local.start_local(settings=settings, build=__version__, detached=True, **options)
         name, count, more = attachment.config.session, 1, ""
-        _leave(attachment)
+        attachment.leave()
     of = f" on {count} hosts" if count > 1 else ""
     click.echo(f'hpc-ray: session {name} runs{of}. Connect with init(address="auto"), end it with `hpc-ray stop`.{more}')
 
@@ -359,11 +328,6 @@ def _start_detached(plan: dict[str, Any], settings: Settings) -> dict[str, Any]:
     note = started.note
     started.let_go()
     return note
-
-
-def _leave(attachment: Any) -> None:
-    attachment.lane.send(attachment.config.node << 48, encode(ProcessLeaving("the command is done")))
-    attachment.close()
 
 
 @cli.command()
@@ -401,7 +365,12 @@ def status(name: str | None) -> None:
     try:
         click.echo(f"session {attachment.config.session}")
         rows = []
-        for info in sorted(_ask(attachment, "nodes"), key=lambda info: info["index"]):
+        (answer,) = attachment.ask([(GCS_ADDRESS, "nodes", {})])
+        if answer is None:
+            _fail("the GCS did not answer within 10 s")
+        if answer.error:
+            _fail(answer.error)
+        for info in sorted(answer.value, key=lambda info: info["index"]):
             total, free = info["total"], info["available"]
             amounts = ", ".join(
                 f"{key} {_amount(key, free.get(key, 0))}/{_amount(key, amount)}"
@@ -413,26 +382,12 @@ def status(name: str | None) -> None:
             rows.append(f"  {info['index']:>3}  {role}  {state}  {info['hostname']}  pid {info['pid']}  {amounts}")
         click.echo("\n".join(rows))
     finally:
-        _leave(attachment)
+        attachment.leave()
 
 
 def _amount(name: str, units: int) -> str:
     value = units / UNIT
     return f"{value / 2**30:.1f}GiB" if "memory" in name else f"{value:g}"
-
-
-def _ask(attachment: Any, name: str, **arguments: Any) -> Any:
-    """The GCS's answer to a Query."""
-    attachment.lane.send(GCS_ADDRESS, encode(Query(1, name, arguments)))
-    deadline = time.monotonic() + 10
-    while time.monotonic() < deadline:
-        for _, data in attachment.lane.receive(0.5):
-            message = decode(data)
-            if isinstance(message, Answer):
-                if message.error:
-                    _fail(message.error)
-                return message.value
-    _fail("the GCS did not answer within 10 s")
 
 
 cli.add_command(submission.submit)

@@ -21,7 +21,6 @@ import socket
 import subprocess
 import sys
 import time
-import traceback
 from typing import Any, NamedTuple
 
 from hpc_ray import _core
@@ -575,15 +574,7 @@ def main(arguments: list[str]) -> int:
     if control is not None:
         control.set_inheritable(False)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    member = Member(plan, control)
-    try:
-        code = member.run()
-    except BaseException as error:
-        traceback.print_exc()
-        relay.say(f"a link ends: {type(error).__name__}: {error}")
-        code = 1
-    member.send_report(code)
-    return code
+    return Member(plan, control).live("a link ends")
 
 
 if __name__ == "__main__":

@@ -305,6 +305,17 @@ class Rank:
 
     # -- the whole life
 
+    def live(self, name: str) -> int:
+        """``run``, and the report of the exit code, also where that is an error of ours, which then is said to be ``name``'s."""
+        try:
+            code = self.run()
+        except BaseException as error:
+            traceback.print_exc()
+            relay.say(f"{name}: {type(error).__name__}: {error}")
+            code = 1
+        self.send_report(code)
+        return code
+
     def run(self) -> int:
         try:
             self.prepare()
@@ -495,13 +506,7 @@ def main(arguments: list[str]) -> int:
     if control is not None:
         control.set_inheritable(False)
     rank = Rank(plan, control)
-    try:
-        code = rank.run()
-    except BaseException as error:
-        traceback.print_exc()
-        relay.say(f"rank {rank.place.rank}: {type(error).__name__}: {error}")
-        code = 1
-    rank.send_report(code)
+    code = rank.live(f"rank {rank.place.rank}")
     rank.watchdog.set(FINALIZE_S, code=code)
     return code
 

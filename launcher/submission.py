@@ -17,6 +17,7 @@ import click
 
 from hpc_ray.config import site_table
 from hpc_ray.exceptions import ConfigurationError
+from hpc_ray.launcher import parameters
 from hpc_ray.slurm import commands, job, scheduler
 from hpc_ray.slurm.commands import JobState
 from hpc_ray.slurm.output import Tail
@@ -34,27 +35,19 @@ _OPTIONS = (
     click.option("-n", "--ntasks", type=int, help="Ranks in all, where not one for each node."),
     click.option("--ntasks-per-node", type=int, help="Ranks on each node; those above one are MPI workers.  [default: 1]"),
     click.option("-c", "--cpus-per-task", type=int, help="CPUs of each rank; with one rank, of each node."),
-    click.option("-G", "--gpus-per-node", default="", metavar="[TYPE:]N", help="GPUs of each node."),
-    click.option("--mem", default="", metavar="SIZE", help="Memory of each node, like 64G."),
-    click.option("-t", "--time", default="", help="Longest run time: minutes, HH:MM:SS or D-HH:MM:SS."),
-    click.option("-p", "--partition", default=""),
-    click.option("-A", "--account", default=""),
-    click.option("-q", "--qos", default=""),
-    click.option("-C", "--constraint", default="", help="Features of the nodes."),
+    *parameters.NODES,
     click.option("-a", "--array", default="", help="Tasks of a job array, like 1-10%4."),
     click.option("-d", "--dependency", default="", help="Like afterok:1234."),
     click.option("-J", "--job-name", default="", help="[default: the script's name]"),
     click.option("-o", "--output", default="", help=f"File of the output.  [default: {job.OUTPUT}]"),
     click.option("-e", "--error", default="", help="File of stderr.  [default: with the output]"),
-    click.option("--exclusive", is_flag=True, help="Whole nodes."),
+    parameters.EXCLUSIVE,
     click.option("--survive-nodes", is_flag=True, help="Go on when nodes are lost, but for the first, over TCP: no MPI is needed."),
     click.option("--requeue", is_flag=True, help="Start again after preemption, a lost node, or the end of the time."),
     click.option("--signal-s", type=int, default=60, show_default=True, help="The script gets SIGUSR1 so long before the end; 0: not."),
-    click.option("--sbatch", "lines", multiple=True, metavar="OPTION", help="One more #SBATCH line; may be repeated."),
-    click.option("--setup", multiple=True, metavar="LINE", help="A line of shell before the start; may be repeated."),
-    click.option("--container", default="", metavar="PREFIX", help="Runs a command in a container: 'apptainer exec --nv image.sif'."),
+    *parameters.SURROUNDINGS,
     click.option("--mpi", default="", help="srun's --mpi.  [default: what fits the MPI of this Python]"),
-    click.option("--command", default="", help="hpc-ray on the nodes.  [default: this one]"),
+    parameters.COMMAND,
     click.option("--run-option", "run_options", multiple=True, metavar="OPTION", help="For `hpc-ray run`; may be repeated."),
 )
 
@@ -73,14 +66,8 @@ def site_defaults() -> dict[str, Any]:
     return table
 
 
-def _options(command: Any) -> Any:
-    for option in reversed(_OPTIONS):
-        command = option(command)
-    return command
-
-
 @click.command(context_settings={"allow_interspersed_args": False})
-@_options
+@parameters.several(_OPTIONS)
 @click.option("--dry-run", is_flag=True, help="Print the batch script and submit nothing.")
 @click.option("--follow/--no-follow", default=True, help="Show state and output until the end, or print the job's id and return.")
 @click.option("--wait", is_flag=True, help="Wait for the end without showing the output.")

@@ -60,8 +60,6 @@ class Draining(Bundles, Copies):
         self.counting = False
         copies = set(self.copies.values())
         originals = sum(handle not in copies for handle in event.handles)
-        if self.drain is None:
-            return
         if originals:
             self._stay(f"it has {originals} objects in use")
             return
