@@ -77,7 +77,7 @@ class Settings(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     transport: str = "mpi"  # between the nodes that we start: "mpi", or "tcp", over which a lost node is not the end
     heartbeat_s: float = 1.0  # over tcp: the head and each node give a sign of life so often
     heartbeat_timeout_s: float = 10.0  # over tcp: a node from which nothing has come for so long is lost
-    network_interface: str = ""  # over tcp: this host's interface (ib0) or address to be reached at; "": the one towards the others
+    network_interface: str = ""  # this host's interface (ib0) or address to be reached at: over tcp, and to be woken at; "": found
     start_timeout_s: float = 60.0  # for nodes and workers to come up
     max_lineage_bytes: int = 256 << 20  # of records in each process of how its large results were made
     log_to_driver: bool = True

@@ -3,8 +3,9 @@
 It carries messages and objects between its node's shared memory and the other nodes.
 
 LINK-1 (low idle cost): after traffic it looks without a pause for ``SPIN_S``, which is longer than a call to another node and its
-answer take, and lets everybody else have its core first; then it looks at MPI every ``FIRST_PARK_S``, after ``LIVELY_S`` at growing
-intervals up to ``PARKS_S``, and sleeps on its lane in between. Over TCP it sleeps until its doorbell is rung.
+answer take, and lets everybody else have its core first; then it looks at MPI every ``FIRST_PARK_S`` and sleeps on its lane in between.
+After ``LIVELY_S`` it sleeps until its doorbell is rung, which TCP does by itself and MPI with a datagram beside it
+(``transport.bells``). Where these do not arrive, it looks at growing intervals up to ``PARKS_S``.
 LINK-2 (back-pressure): it does not drain its lane while more than ``BACKLOG_BYTES`` wait for slow peers; it always receives.
 LINK-3 (silent hosts): MPI does not tell of a host that has lost power or network. So the links of node 0 and of other hosts give signs
 of life; when they stay away the session ends, as MPI cannot go on without a host. Over TCP the transport sees to it.
@@ -177,15 +178,14 @@ class Link:
                 lane = self.lane
             elif transport.backlog_bytes < BACKLOG_BYTES:
                 wait = 0.0 if transport.busy or time.monotonic() - quiet_since < SPIN_S else park
-                if doorbell is None:
+                sleep = 0.0 if wait == 0.0 or self.stopping or doorbell is None else transport.sleep_s()
+                if sleep == 0.0 or doorbell is None:
                     envelopes = lane.receive_envelopes(wait, spin=False)
-                elif wait == 0.0 or self.stopping:
-                    envelopes = lane.receive_envelopes(min(wait, PARK_S), spin=False)
                 else:
-                    slept = True
                     doorbell.arm()
-                    envelopes = lane.receive_envelopes(transport.sleep_s(), spin=False)
+                    envelopes = lane.receive_envelopes(sleep, spin=False)
                     doorbell.disarm()
+                    slept, park = True, FIRST_PARK_S
                 if envelopes:
                     moved = True
                     self.send_all(envelopes)

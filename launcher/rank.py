@@ -22,7 +22,7 @@ from typing import Any
 
 from hpc_ray import _core
 from hpc_ray.config import Settings
-from hpc_ray.exceptions import LaunchError
+from hpc_ray.exceptions import ConfigurationError, LaunchError
 from hpc_ray.ids import LINK_LANE
 from hpc_ray.launcher import channel, host, pairing, relay, session, world
 from hpc_ray.launcher.attachment import Attachment, connect
@@ -31,6 +31,7 @@ from hpc_ray.launcher.node_process import NodeProcess, node_config
 from hpc_ray.protocol import VERSION, ProcessKind
 from hpc_ray.slurm import signals
 from hpc_ray.transport import Transport
+from hpc_ray.transport.bells import Bell, Bells
 from hpc_ray.version import __version__
 
 WORKER_PARK_S = 0.05
@@ -357,7 +358,22 @@ class Rank:
     def make_transport(self, link: Link, communicator: Any) -> Transport:
         from hpc_ray.transport.mpi import MPITransport
 
-        return MPITransport(communicator, list(range(len(self.leaders))), link, link.on_message)
+        bells = self.hang_bells(communicator) if self.has_link else None
+        return MPITransport(communicator, list(range(len(self.leaders))), link, link.on_message, bells)
+
+    def hang_bells(self, communicator: Any) -> Bells | None:
+        """Collective over the links; None: we have no address for one, and look at short intervals."""
+        elsewhere = any(self.host_of(node) != self.host_of(self.node) for node in range(len(self.leaders)))
+        bells = None
+        try:
+            name = self.settings.network_interface
+            bells = Bells((host.interface_address(name) if name else host.ip_address()) if elsewhere else "127.0.0.1")
+        except (OSError, ConfigurationError) as error:
+            relay.say(f"node {self.node} will look for messages at short intervals, as it has no address to be woken at: {error}")
+        found: list[Bell | None] = communicator.allgather(bells.own if bells is not None else None)
+        if bells is not None:
+            bells.hang(found)
+        return bells
 
     @property
     def has_link(self) -> bool:

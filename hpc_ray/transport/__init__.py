@@ -87,11 +87,11 @@ class Transport(ABC):
         """Sends, receives, delivers; returns what else happened."""
 
     def fileno(self) -> int:
-        """A descriptor that is readable when ``poll`` has something to do; -1: there is none, one has to look."""
+        """A descriptor that is readable when ``poll`` has something to do, or soon will; -1: there is none, one has to look."""
         return -1
 
     def sleep_s(self) -> float:
-        """With a ``fileno``: ``poll`` need not be called before that, unless it is readable."""
+        """With a ``fileno``: ``poll`` need not be called before that, unless it is readable; 0: just now one has to look all the same."""
         return 0.0
 
     @property

@@ -9,7 +9,7 @@ and comes as ``PIECE_BYTES`` pieces under a tag of its own, from arena memory in
 MPI-1 (no probe): every message meets a posted receive, or waits as one of ``WINDOW`` per peer.
 MPI-2 (order): receives of the ring are looked at in the order they were posted, so a peer's chunks are too.
 MPI-3 (progress): each ``poll`` tests the pending receive at the head of the ring, which drives MPI's progress engine; without
-that neither data nor news of failures move.
+that neither data nor news of failures move. Where all are quiet and bells ring (``bells``), ``SLEEP_S`` may pass between two.
 """
 
 from __future__ import annotations
@@ -22,12 +22,15 @@ from typing import Any
 from mpi4py import MPI
 
 from hpc_ray.transport import Deliver, Event, Objects, PeerLost, TransferEnded, Transport
+from hpc_ray.transport.bells import QUIET_S, Bells
 
 CHUNK_BYTES = 256 * 1024
 RING_SLOTS = 8
 WINDOW = 4
 PIECE_BYTES = 4 << 20
 PIECES_AHEAD = 4
+LIVELY_S = 2 * QUIET_S  # after a message: more may come without a ring
+SLEEP_S = 0.05
 
 _FRAME = struct.Struct("<QQI")
 _FETCH = struct.Struct("<BIQQ")  # code, tag, handle, size
@@ -42,12 +45,13 @@ _TAG_OBJECT = 16  # and up: one per transfer
 class _Peer:
     """What we know of one other node."""
 
-    __slots__ = ("bytes_out", "lost", "node", "out", "partial", "rank", "sends")
+    __slots__ = ("bytes_out", "last", "lost", "node", "out", "partial", "rank", "sends")
 
     def __init__(self, node: int, rank: int):
         self.node = node
         self.rank = rank
         self.lost = False
+        self.last = 0.0  # when we sent it something or received something of it (BELLS-1)
         self.out: deque[Any] = deque()  # pieces of the stream
         self.bytes_out = 0
         self.sends: deque[tuple[MPI.Request, Any]] = deque()  # with their memory
@@ -80,9 +84,12 @@ class _Outgoing:
 
 
 class MPITransport(Transport):
-    """One node's end; ``ranks[i]`` is the rank of node i's link in ``communicator``, which is duplicated."""
+    """One node's end; ``ranks[i]`` is the rank of node i's link in ``communicator``, which is duplicated. Without ``bells``, and
+    where they do not ring, one has to look at short intervals."""
 
-    def __init__(self, communicator: MPI.Intracomm, ranks: list[int], objects: Objects, deliver: Deliver):
+    def __init__(
+        self, communicator: MPI.Intracomm, ranks: list[int], objects: Objects, deliver: Deliver, bells: Bells | None = None
+    ):
         self._comm = communicator.Dup()
         self._comm.Set_errhandler(MPI.ERRORS_RETURN)
         self.node = ranks.index(communicator.Get_rank())
@@ -99,6 +106,9 @@ class MPITransport(Transport):
         upper = self._comm.Get_attr(MPI.TAG_UB)
         self._tags = min(int(upper or 32767), 1 << 28) - _TAG_OBJECT
         self._next_tag = 0
+        self._bells = bells
+        self._last = time.monotonic()  # when anything moved
+        self._asleep = False  # somebody relies on ``sleep_s``
         self._ring: deque[tuple[MPI.Request, bytearray]] = deque()
         if self.nodes > 1:
             for _ in range(RING_SLOTS):
@@ -148,6 +158,10 @@ class MPITransport(Transport):
                     peer.sends.popleft()
                     moved = True
                 while peer.bytes_out and len(peer.sends) < WINDOW:
+                    now = time.monotonic()
+                    if self._bells is not None and now - peer.last > QUIET_S:
+                        self._bells.ring(peer.node)
+                    peer.last = now
                     chunk = self._next_chunk(peer)
                     peer.sends.append((self._comm.Issend([chunk, MPI.BYTE], peer.rank, _TAG_STREAM), chunk))
                     moved = True
@@ -156,6 +170,8 @@ class MPITransport(Transport):
                 continue
             if not peer.bytes_out and not peer.sends:
                 self._sending.discard(peer)
+        if moved:
+            self._last = time.monotonic()
         return moved
 
     # -- messages in
@@ -178,6 +194,7 @@ class MPITransport(Transport):
             moved = True
             peer = self._by_rank[self._status.Get_source()]
             count = self._status.Get_count(MPI.BYTE)
+            peer.last = self._last = time.monotonic()
             try:
                 self._take(peer, memoryview(buffer)[:count])
             finally:
@@ -298,6 +315,8 @@ class MPITransport(Transport):
                 continue
             if outgoing.pending or outgoing.next < len(outgoing.view):
                 self._outgoing.append(outgoing)
+        if moved:
+            self._last = time.monotonic()
         return moved
 
     # -- failures
@@ -343,8 +362,28 @@ class MPITransport(Transport):
 
     # -- driving
 
+    def fileno(self) -> int:
+        return -1 if self._bells is None else self._bells.fileno()
+
+    def sleep_s(self) -> float:
+        self._asleep = (
+            self._bells is not None
+            and self._bells.believed
+            and not self._sending  # until the peers know of a message they may answer without a ring
+            and time.monotonic() - self._last > LIVELY_S
+        )
+        return SLEEP_S if self._asleep else 0.0
+
     def poll(self) -> list[Event]:
-        self._pull()
+        if self._asleep:
+            self._asleep = False
+            assert self._bells is not None
+            rung = self._bells.heard()
+            if rung:
+                self._last = time.monotonic()
+            self._bells.judge(self._pull(), rung)
+        else:
+            self._pull()
         if self._sending:
             self._push()
         if self._incoming or self._outgoing:
@@ -391,6 +430,8 @@ class MPITransport(Transport):
             except MPI.Exception:
                 pass
         self._ring.clear()
+        if self._bells is not None:
+            self._bells.close()
         return done
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import random
+import select
 import time
 
 import pytest
@@ -34,7 +35,7 @@ class Arena:
 class Node:
     """One rank's end, and what has come to it."""
 
-    def __init__(self):
+    def __init__(self, bells=None):
         from mpi4py import MPI
 
         from hpc_ray.transport.mpi import MPITransport
@@ -43,7 +44,7 @@ class Node:
         self.arena = Arena()
         self.received: dict[int, list[tuple[int, int, bytes]]] = {}
         ranks = list(range(self.world.Get_size()))
-        self.transport = MPITransport(self.world, ranks, self.arena, self.deliver)
+        self.transport = MPITransport(self.world, ranks, self.arena, self.deliver, bells)
         self.node, self.nodes = self.transport.node, self.transport.nodes
         self.events: list = []
 
@@ -55,6 +56,12 @@ class Node:
         while not until():
             self.events += self.transport.poll()
             assert time.monotonic() < deadline, f"node {self.node}: not done within {LIMIT_S:g} s"
+
+    def sleep(self):
+        """Drives until it may sleep, and sleeps; whether it was woken."""
+        self.drive(lambda: self.transport.sleep_s() > 0)
+        woken, _, _ = select.select([self.transport.fileno()], [], [], self.transport.sleep_s())
+        return bool(woken)
 
     def meet(self):
         """Wait for all ranks, serving them meanwhile: others may still need what we have."""
@@ -129,3 +136,60 @@ def test_an_object_that_is_gone_is_an_error(node):
     assert ended.transfer_id == 1
     assert "not there" in ended.error
     node.meet()
+
+
+@pytest.fixture
+def bells():
+    """Of this rank, and a communicator by which ranks can wait for one another beside the transport."""
+    from mpi4py import MPI
+
+    from hpc_ray.transport.bells import Bells
+
+    made = Bells("127.0.0.1")
+    made.hang(MPI.COMM_WORLD.allgather(made.own))
+    return made
+
+
+def test_who_sleeps_is_woken_by_a_message(bells):
+    """Each node's messages wake all others."""
+    node = Node(bells)
+    for sender in range(node.nodes):
+        node.drive(lambda: node.transport.sleep_s() > 0)
+        node.world.Barrier()
+        node.received.clear()
+        if node.node == sender:
+            time.sleep(0.005)  # longer than QUIET_S, so it has to ring
+            for other in range(node.nodes):
+                if other != sender:
+                    node.transport.send(other, 0, other, b"wake up")
+        else:
+            while not node.sleep():  # that one began before the sender came to it
+                node.transport.poll()
+            node.drive(lambda: bool(node.received))
+            assert node.received == {sender: [(0, node.node, b"wake up")]}
+        node.meet()
+    assert bells.believed
+    assert node.transport.close(LIMIT_S)
+
+
+def test_bells_that_do_not_ring_are_believed_no_longer(bells):
+    """Datagrams that are lost: the messages arrive all the same, and their receiver does not sleep any more."""
+    node = Node(bells)
+    bells.hang([None] * node.nodes)
+    count = 20
+    if node.node == 0:
+        for number in range(count):
+            time.sleep(0.02)  # the receiver sleeps again
+            for other in range(1, node.nodes):
+                node.transport.send(other, number, other, b"")
+            node.drive(lambda: not node.transport.busy and not node.transport._sending)
+    else:
+        while len(node.received.get(0, ())) < count and bells.believed:
+            assert not node.sleep()
+            node.transport.poll()
+        assert not bells.believed
+        assert node.transport.sleep_s() == 0.0
+        node.drive(lambda: len(node.received[0]) == count)
+        assert [number for number, _, _ in node.received[0]] == list(range(count))
+    node.meet()
+    assert node.transport.close(LIMIT_S)

@@ -1,0 +1,77 @@
+"""How a node that sleeps hears that a message is coming by a transport whose library has to be looked at: a datagram beside it.
+
+Whoever has not exchanged anything with a peer for ``QUIET_S`` rings before it sends. So a node may sleep long once all has been quiet
+for longer than that; its own view of when a message passed is never earlier than the peer's (BELLS-1: a message counts for its sender
+when it is sent, for its receiver when it is received, and for its sender once more when it knows that).
+
+Datagrams may be dropped, or not let through between hosts. Whoever finds ``MISSES`` messages in a row that did not ring believes no
+bell any more, and looks at short intervals.
+"""
+
+from __future__ import annotations
+
+import secrets
+import socket
+
+QUIET_S = 1e-3
+MISSES = 3
+_TOKEN_BYTES = 8
+
+Bell = tuple[str, int, bytes]  # host, port, and what a datagram must say
+
+
+class Bells:
+    """One node's own bell, and those of its peers once ``hang`` has said where they are."""
+
+    def __init__(self, host: str):
+        """Raises OSError: one cannot listen at this address."""
+        self._socket = socket.socket(socket.AF_INET6 if ":" in host else socket.AF_INET, socket.SOCK_DGRAM | socket.SOCK_NONBLOCK)
+        try:
+            self._socket.bind((host, 0))
+        except OSError:
+            self._socket.close()
+            raise
+        self.own: Bell = (host, self._socket.getsockname()[1], secrets.token_bytes(_TOKEN_BYTES))
+        self._peers: list[Bell | None] = []
+        self._missed = 0
+
+    def hang(self, peers: list[Bell | None]) -> None:
+        """By node; None: that node has none, and looks at short intervals."""
+        self._peers = peers
+
+    @property
+    def believed(self) -> bool:
+        return self._missed < MISSES
+
+    def fileno(self) -> int:
+        return self._socket.fileno()
+
+    def ring(self, node: int) -> None:
+        """Does not block; it may get lost."""
+        bell = self._peers[node]
+        if bell is not None:
+            try:
+                self._socket.sendto(bell[2], bell[:2])
+            except OSError:
+                pass  # the peer will see that nobody rang
+
+    def heard(self) -> bool:
+        """Whether somebody has rung since this was last asked."""
+        rung = False
+        while True:
+            try:
+                rung = self._socket.recv(2 * _TOKEN_BYTES) == self.own[2] or rung
+            except BlockingIOError:
+                return rung
+            except OSError:
+                pass  # an answer to one of ours: nobody is there
+
+    def judge(self, came: bool, rung: bool) -> None:
+        """After a long sleep: whether messages lay there, and whether somebody had rung."""
+        if rung:
+            self._missed = 0
+        elif came and self.believed:
+            self._missed += 1
+
+    def close(self) -> None:
+        self._socket.close()
