@@ -51,6 +51,7 @@ WORKER_VARIABLE = "HPC_RAY_WORKER"  # pid of the worker, in the environment of w
 _READ_BYTES = 1 << 16
 _MOST_UNSENT = 16 << 20  # bytes of output that drivers have not taken
 _FLUSH_S = 0.002
+_PART_S = 2.0  # for a link to end its MPI
 _TAIL_LINES = 20
 _kept: list[Any] = []  # of the parent, in a child: must not be closed by the collector there
 
@@ -139,6 +140,7 @@ class ForkServer:
         self._code: int | None = None  # exit code, once the end has begun
         self._deadline = 0.0
         self._pidfd = -1
+        self._link: socket.socket | None = None
         self._files: list[str] = []  # outside of our folder, to be removed at the end
 
     # -- up
@@ -535,6 +537,7 @@ class ForkServer:
             client.address = int(note["address"])
             client.kind = int(note.get("kind", ProcessKind.DRIVER))
         elif "remove" in note:  # the link: what MPI has put into shared memory
+            self._link = client.connection
             self._files = [str(path) for path in note["remove"]]
             session.note_leader(self.lock, os.getpid(), self._files, self.config.spill_dir)
         elif "stop" in note:
@@ -620,11 +623,25 @@ class ForkServer:
         self.lane.flush()
         if self._code == 0:
             self._notify({"ended": self._reason})
+        self._part_from_link()
         session.remove_files(self._files)
         session.remove_abandoned(self._began)
         session.remove_dir(self.config.spill_dir)
         session.remove_dir(self.config.session_dir)
         os.close(self.lock)
+
+
+    def _part_from_link(self) -> None:
+        """Lets the link end MPI, which removes its files itself and complains of those it does not find, and waits until it has."""
+        if self._link is None or not self._files:
+            return
+        try:
+            self._link.settimeout(_PART_S)
+            self._link.shutdown(socket.SHUT_WR)
+            while self._link.recv(4096):
+                pass
+        except OSError:
+            pass  # it is gone, or takes too long
 
 
 _SERVER_PID = os.getpid()

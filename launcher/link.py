@@ -147,7 +147,8 @@ class Link:
         self.lane = attachment.lane
         self.files = ObjectFiles(_core.Store(attachment.segment, attachment.lane), attachment.config.spill_dir)
         self.node_alive = True
-        files = session.shared_files(self.rank.place.rank, everything=self.rank.place.local_rank == 0)
+        everything = self.rank.place.local_rank == 0
+        files = session.shared_files(self.rank.place.rank, everything=everything)
         channel.send_note(attachment.connection, {"remove": files})
         attachment.connection.setblocking(False)
         if self.doorbell is not None:
@@ -351,12 +352,13 @@ class Link:
 
     def on_end_node(self, at_once: bool) -> None:
         process = self.rank.node_process
-        if process is None or not self.node_alive:
+        if process is None or self.attachment is None or not self.node_alive:
             return
         if at_once:
             process.kill()
         else:
-            process.close()
+            channel.send_note(self.attachment.connection, {"remove": []})  # MPI goes on here
+            self.part()
         self.node_alive = False
         self.on_own_node_gone("it was removed")
 
@@ -432,10 +434,10 @@ class Link:
         self.stop("the driver has closed the cluster")
 
     def on_own_node_gone(self, text: str) -> None:
-        if self.rank.node_process is not None:
-            self.rank.node_process.close()
         if self.stopping:
             return
+        if self.node:
+            self.part()
         text = text or "its node process was killed"
         if self.node == 0:
             self.code = 0 if text.startswith(ORDERLY) else 1
@@ -444,6 +446,13 @@ class Link:
             self.stop(text, code=self.code)
         else:
             self.tell_all(_NODE_GONE + text.encode())
+
+    def part(self) -> None:
+        """From our node: what MPI has left in shared memory is the node's to remove, then it ends. Waits for that."""
+        if self.attachment is not None:
+            self.attachment.connection.close()
+        if self.rank.node_process is not None:
+            self.rank.node_process.close()
 
     def stop(self, reason: str, code: int = 0) -> None:
         """The end begins: here and, from node 0, everywhere."""

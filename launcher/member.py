@@ -73,6 +73,7 @@ class Member(rank_module.Rank):
             return self._refuse(str(error))
         self.watchdog.set(None)
         code = bridge.run()
+        bridge.part()
         self.send_report(code)
         return code
 

@@ -352,7 +352,11 @@ class Rank:
                 except OSError:
                     pass
             code = link.run()
+            if self.lost:
+                link.part()  # now: we shall not end in order
         self._finalize(code)
+        if self.node >= 0:
+            link.part()
         return code
 
     def make_transport(self, link: Link, communicator: Any) -> Transport:

@@ -45,7 +45,8 @@ def start(hosts: list[str], command: list[str], config: NodeConfig, variables: d
         folder = os.path.join(os.path.dirname(folder), session.STEPS)
     environment[session.SESSION_VARIABLE] = config.session
     environment[session.NODE_VARIABLE] = str(config.node)
-    environment["PRTE_MCA_prte_tmpdir_base"] = folder  # what Open MPI leaves there when it is killed goes with the session
+    for name in ("PRTE_MCA_prte_tmpdir_base", "OMPI_MCA_orte_tmpdir_base"):  # of Open MPI 5 and 4
+        environment[name] = folder  # what it leaves there when it is killed goes with the session
     environment.update(variables)
     line = world.mpirun_command(mpirun, len(hosts), command, extra, passed=passed)
     try:

@@ -288,7 +288,10 @@ def hosts_environment() -> dict[str, str]:
 
 
 def on_hosts(mpirun: MPIRun, groups: list[tuple[str, int]]) -> list[str]:
-    """The arguments that have mpirun start so many ranks on each host, in this order; a pure function."""
+    """The arguments that have mpirun start so many ranks on each host, in this order; a pure function. Open MPI 4 begins with its own
+    host unless it is given one by one."""
+    if mpirun.family == "openmpi" and mpirun.version < (5,):
+        return ["--map-by", "seq", "--host", ",".join(name for name, count in groups for _ in range(count))]
     names = ",".join(f"{name}:{count}" for name, count in groups)
     return ["-hosts", names] if mpirun.family == "mpich" else ["--host", names]
 

@@ -84,11 +84,11 @@ class Hosts:
         assert done.returncode == 0, done.stderr
         return done.stdout.splitlines()
 
-    def await_nothing_left(self, hosts: range | list[int] = range(1, HOSTS + 1), but: str = "\0") -> None:
-        """No process and no file of anybody on these hosts, which were empty. ``but``: what is not ours to end."""
+    def await_nothing_left(self, hosts: range | list[int] = range(1, HOSTS + 1), but: tuple[str, ...] = ()) -> None:
+        """No process and no file of anybody on these hosts, which were empty. ``but``: texts in what is not ours to end."""
         deadline = time.monotonic() + GONE_S
         for host in hosts:
-            while left := [trace for trace in self.traces(host) if but not in trace.lower()]:
+            while left := [trace for trace in self.traces(host) if not any(text in trace.lower() for text in but)]:
                 assert time.monotonic() < deadline, f"left on node{host}:\n  " + "\n  ".join(left)
                 time.sleep(0.1)
 

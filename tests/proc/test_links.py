@@ -29,6 +29,7 @@ except LaunchError:
 
 pytestmark = pytest.mark.usefixtures("no_leaks")
 OPEN_MPI = MPIRUN.family == "openmpi"
+ULFM = OPEN_MPI and MPIRUN.version >= (5,)
 PYTHON = [sys.executable, "-P"]
 HPC_RAY = [*PYTHON, "-m", "hpc_ray.launcher.cli"]
 STORE = 128 << 20
@@ -275,7 +276,7 @@ except ray.exceptions.RayError as error:
         process.stdout.readline()
         os.kill(_link_of(2, links_of(process.pid), transport), signal.SIGKILL)
         out, err = process.communicate("\n", timeout=90)
-    if OPEN_MPI or transport == "tcp":
+    if ULFM or transport == "tcp":
         assert "alive 2" in out and "fine 2" in out, (out, err)
     else:
         assert out.strip() and "fine 3" not in out, (out, err)

@@ -44,6 +44,8 @@ def test_srun_with_the_wrong_pmi_is_refused(slurm, hosts, wrong):
     given = {"pmix": "pmi2", "pmi2": "pmix"}[slurm.mpi] if wrong == "other" else "none"
     ended = slurm.run("srun", f"--mpi={given}", "-N2", HPC_RAY, "run", hosts)
     assert ended.returncode == 1 and ended.stdout == "", ended.stdout
+    if wrong == "other" and "OMPI was not built with SLURM's PMI support" in ended.stderr:
+        return  # Open MPI 4 may know PMI-2, so it was let try
     assert ended.stderr.count("do not belong together") == 1, ended.stderr
     assert f"srun --mpi={slurm.mpi}" in ended.stderr
     if slurm.box is not None:

@@ -170,7 +170,7 @@ def test_gpus_of_the_ranks(gpus, each, wanted):
     ("family", "version", "wanted"),
     [
         ("openmpi", (5, 0), ["-x", "A", "--host", "n1:2,n2:1", "p"]),
-        ("openmpi", (4, 1), ["-x", "A", "--host", "n1:2,n2:1", "p"]),
+        ("openmpi", (4, 1), ["-x", "A", "--map-by", "seq", "--host", "n1,n1,n2", "p"]),
         ("mpich", (5, 0), ["m", "-n", "3", "-hosts", "n1:2,n2:1", "p"]),
     ],
 )
