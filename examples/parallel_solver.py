@@ -1,18 +1,20 @@
-"""A solver that is an MPI program, called like a function: heat in a plate, by conjugate gradients on four ranks.
+"""A solver that is an MPI program, called like a function: heat in a plate, by conjugate gradients on four ranks, or on `--ranks`,
+of which `--ranks-per-node` are on each host of a cluster.
 
 What to look at: `solve` is written as for `mpirun -n 4`, on the communicator of its gang, and each rank knows its own rows only. But
 the driver calls it like any remote function: it hands over an array, gets the parts back, and could send them on to other tasks. Several
 plates are solved by several calls, one after the other or, where there are enough CPUs, side by side.
 """
 
+import argparse
+
 import hpc_ray as ray
 import numpy as np
 
 SIZE = 32  # the plate has SIZE rows of SIZE inner points; its rim is at 0 degrees
-RANKS = 4
 
 
-@ray.remote(mpi_ranks=RANKS, num_cpus=0.25)
+@ray.remote(mpi_ranks=4, num_cpus=0.25)
 def solve(heat, tolerance=1e-10):
     """This rank's rows of the temperatures for which the heat that comes in, `heat`, flows off over the rim; and the steps taken."""
     comm = ray.mpi_comm()
@@ -61,11 +63,17 @@ def serial(heat):
 
 
 def main():
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--ranks", type=int, default=4)
+    parser.add_argument("--ranks-per-node", type=int, help="default: as many as there is room for")
+    given = parser.parse_args()
+    ray.init()
+    on_ranks = solve.options(mpi_ranks=given.ranks, mpi_ranks_per_node=given.ranks_per_node)
     plates = {}
     plates["a flame below the middle"] = np.zeros((SIZE, SIZE))
     plates["a flame below the middle"][SIZE // 2, SIZE // 2] = 100.0
     plates["warmth from everywhere"] = np.full((SIZE, SIZE), 0.5)
-    parts = {name: solve.remote(heat) for name, heat in plates.items()}
+    parts = {name: on_ranks.remote(heat) for name, heat in plates.items()}
     for name, heat in plates.items():
         found = ray.get(parts[name])
         temperature = np.vstack([rows for rows, _ in found])
@@ -74,5 +82,4 @@ def main():
 
 
 if __name__ == "__main__":
-    ray.init()
     main()

@@ -54,6 +54,7 @@ def test_ranks_answer_as_one():
 
 def test_a_world_that_does_not_come_together():
     """The launcher's variables of one rank of two; the other one never comes."""
+    before = set(os.listdir("/dev/shm"))
     variables = {"OMPI_COMM_WORLD_RANK": "0", "OMPI_COMM_WORLD_SIZE": "2", "OMPI_COMM_WORLD_LOCAL_RANK": "0"}
     done = run(HPC_RAY, "doctor", "--json", "--limit-s", "30", **variables)
     assert done.returncode == 1
@@ -61,6 +62,7 @@ def test_a_world_that_does_not_come_together():
         assert "do not belong together" in json.loads(done.stdout)["findings"][0]["text"]
     else:
         assert "have not come together within 30 s" in done.stderr
+    assert set(os.listdir("/dev/shm")) <= before
 
 
 def test_a_library_that_hangs_is_given_up(tmp_path, monkeypatch):

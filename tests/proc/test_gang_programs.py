@@ -111,25 +111,17 @@ def test_a_node_that_dies_takes_its_gangs_along(gate):
 
 
 EXAMPLE = Path(__file__).parents[2] / "examples" / "parallel_solver.py"
-SPREAD = f"""
-import runpy
-import hpc_ray as ray
-ray.init(num_nodes=2, num_cpus=1)
-module = runpy.run_path({str(EXAMPLE)!r})
-module["main"].__globals__["solve"] = module["solve"].options(num_cpus=0.5)
-module["main"]()
-"""
 
 
 @pytest.mark.usefixtures("no_leaks")
 @pytest.mark.parametrize("how", ["one node", "two nodes", "mpirun"])
 def test_the_example(how, tmp_path):
-    command = [sys.executable, "-P", str(EXAMPLE)]
-    if how == "two nodes":
-        command = [sys.executable, "-P", "-c", SPREAD]
-    if how == "mpirun":
-        run = [sys.executable, "-P", "-m", "hpc_ray.launcher.cli", "run", "--nodes", "2", str(EXAMPLE)]
-        command = world.mpirun_command(MPIRUN, 4, run, passed=())
+    run = [sys.executable, "-P", "-m", "hpc_ray.launcher.cli", "run", "--nodes", "2"]
+    command = {
+        "one node": [sys.executable, "-P", str(EXAMPLE)],
+        "two nodes": [*run, "-n", "2", str(EXAMPLE), "--ranks-per-node", "2"],
+        "mpirun": world.mpirun_command(MPIRUN, 4, [*run, str(EXAMPLE)], passed=()),
+    }[how]
     environment = world.under_root(dict(os.environ))
     done = subprocess.run(command, capture_output=True, text=True, timeout=100, check=False, env=environment, cwd=tmp_path)
     assert done.returncode == 0, done.stderr

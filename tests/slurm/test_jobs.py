@@ -61,12 +61,13 @@ def test_training_on_two_hosts(slurm):
     assert "2 workers" in out and "COMPLETED" in err, out + err
 
 
+@pytest.mark.parametrize("where", [[], ["--ranks-per-node", "2"]], ids=["one host", "both hosts"])
 @pytest.mark.parametrize("launch", ["srun", "mpirun"])
-def test_a_gang_in_a_job(slurm, launch):
-    """Its ranks are a step of their own on one host, whatever started the job's; the answer is checked against a serial solver."""
+def test_a_gang_in_a_job(slurm, launch, where):
+    """Its ranks are a step of their own, whatever started the job's; the answer is checked against a serial solver."""
     script = str(ROOT / "examples" / "parallel_solver.py")
     started = ["srun", f"--mpi={slurm.mpi}"] if launch == "srun" else ["mpirun"]
-    ended = slurm.run("salloc", "-N2", "-c2", "--ntasks-per-node=1", *started, HPC_RAY, "run", script, timeout_s=100)
+    ended = slurm.run("salloc", "-N2", "-c2", "--ntasks-per-node=1", *started, HPC_RAY, "run", script, *where, timeout_s=100)
     assert ended.returncode == 0, ended.stdout + ended.stderr
     assert "nodes, 2 ranks" in ended.stderr and ended.stdout.count("the same as in one piece: True") == 2
 
