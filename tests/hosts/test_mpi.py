@@ -106,7 +106,7 @@ def test_the_solver_on_three_hosts(more, hosts):
     hosts.await_nothing_left()
 
 
-@pytest.mark.parametrize("fault", ["kill-node", "power-off"])
+@pytest.mark.parametrize("fault", ["kill-node", "power-off", "partition"])
 def test_a_lost_session_goes_on_with_the_hosts_left(fault, hosts):
     process = over_mpi(hosts, "--relaunch", 1, PROGRAMS / "resume.py")
     await_ready(process)
@@ -114,5 +114,8 @@ def test_a_lost_session_goes_on_with_the_hosts_left(fault, hosts):
     out, err = process.communicate(timeout=90)
     assert process.returncode == 0 and out.splitlines() == ["resumed on node1 node2"], (out, err)
     assert "not to be reached any more: node3" in err and "relaunch 1 of 1 on node1, node2" in err, err
+    if fault == "partition":
+        hosts.await_nothing_left(but=OPEN_MPI_DAEMON)
+        return
     hosts.tool("start-node", 3)
     hosts.await_nothing_left()
