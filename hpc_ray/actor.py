@@ -254,6 +254,7 @@ class ActorClass:
     _cls: type
     _options: dict[str, Any]
     _exported: Function | None
+    _description: Description | None
 
     def __init__(self, name: str, bases: tuple, attr: dict[str, Any]):
         """What ``class B(A)`` calls for an actor class A."""
@@ -274,6 +275,7 @@ class ActorClass:
         made._cls = modified
         made._options = options
         made._exported = None
+        made._description = None
         made.__name__ = target.__name__
         made.__doc__ = target.__doc__
         return cast("ActorClass", made)
@@ -307,14 +309,16 @@ class ActorClass:
         client = ensure_connected()
         options = self._options
         cls = self._cls
-        constructor = Signature([]) if cls.__init__ is object.__init__ else Signature.of(cls.__init__, 1)  # type: ignore[misc]
-        constructor.check(args, kwargs)
+        if self._description is None:
+            self._description = Description(cls)
+        description = self._description
+        description.constructor.check(args, kwargs)
         if self._exported is None:
             self._exported = export(cls, cls.__name__, "actor class")
         exported: Function = self._exported
         running = amounts(options, 0)
         placed = amounts(options, 1) if options.get("num_cpus") is None and not running else running
-        is_async = any(inspect.iscoroutinefunction(f) or inspect.isasyncgenfunction(f) for f, _ in _functions(cls).values())
+        is_async = description.is_async
         concurrency = options.get("max_concurrency") or (_ASYNC_CONCURRENCY if is_async else 1)
         restarts = options.get("max_restarts") or 0
         task_retries = options.get("max_task_retries") or 0
@@ -336,7 +340,7 @@ class ActorClass:
         if not options.get("enable_task_events", True):
             defaults["enable_task_events"] = False
         detached = _is_detached(options.get("lifetime"), client)
-        description = (actor_id, cls.__qualname__, _method_table(cls), defaults)
+        portrait = (actor_id, cls.__qualname__, description.methods, defaults)
         creation = Template(exported, f"{cls.__name__}.__init__", None)
         task = Task(client.actors, creation, client.minter.task_id())
         client.packer.pack(task, args, kwargs)
@@ -344,7 +348,7 @@ class ActorClass:
             client.make_ready([entry for _, entry in task.dependencies])
         with client.lock:
             dependencies = client.packer.resolve(task)
-        for name, (_, marked) in description[2].items():
+        for name, (_, marked) in description.methods.items():
             group = marked.get("concurrency_group")
             assert group is None or group in groups, (
                 f"{cls.__name__}.{name} is in the concurrency group {group!r}, and the class has {sorted(groups)}"
@@ -375,7 +379,7 @@ class ActorClass:
             is_async=is_async,
             out_of_order=free_order,
             max_pending_calls=defaults.get("max_pending_calls", -1),
-            handle=serialize.dumps(description),
+            handle=serialize.dumps(portrait),
             creation_task_id=task.id,
             gang=gang,
             recorded=options.get("enable_task_events", True),
@@ -386,7 +390,7 @@ class ActorClass:
             return weak_handle(answer.existing)
         if answer.error:
             raise ActorAlreadyExistsError(answer.error)
-        return ActorHandle(*description, scope)
+        return ActorHandle(*portrait, scope)
 
     def bind(self, *args: Any, **kwargs: Any) -> ClassNode:
         """A node of a task graph: an actor, to be made by ``execute``. See ``hpc_ray.dag``."""
@@ -459,12 +463,20 @@ def _functions(cls: type) -> dict[str, tuple[Any, int]]:
     return found
 
 
-def _method_table(cls: type) -> dict[str, tuple[list | None, dict[str, Any]]]:
-    """Method name → its parameters, and the options of its ``@method``."""
-    return {
-        name: (Signature.of(function, skip).parameters, {**getattr(function, _MARK, {}), **_kind(function)})
-        for name, (function, skip) in _functions(cls).items()
-    }
+class Description:
+    """What those who make and call actors have to know of their class."""
+
+    __slots__ = ("constructor", "is_async", "methods")
+
+    def __init__(self, cls: type):
+        functions = _functions(cls)
+        self.constructor = Signature([]) if cls.__init__ is object.__init__ else Signature.of(cls.__init__, 1)  # type: ignore[misc]
+        self.is_async = any(inspect.iscoroutinefunction(f) or inspect.isasyncgenfunction(f) for f, _ in functions.values())
+        # Method name → its parameters, and the options of its ``@method``.
+        self.methods: dict[str, tuple[list | None, dict[str, Any]]] = {
+            name: (Signature.of(function, skip).parameters, {**getattr(function, _MARK, {}), **_kind(function)})
+            for name, (function, skip) in functions.items()
+        }
 
 
 def _check_methods(cls: type) -> None:
