@@ -33,6 +33,12 @@ def problem(launcher: str, library: str, environment: dict[str, str]) -> str:
     return ""
 
 
+def open_mpi_major(library: str) -> int:
+    """5 for Open MPI 5, by a library's whole version text; 0: it is another one. A pure function."""
+    found = re.match(r"Open MPI v(\d+)", library)
+    return int(found[1]) if found else 0
+
+
 def name_of(library: str) -> str:
     """The first line of a library's version text, for people."""
     return " ".join(library.partition("\n")[0].rstrip("\0").split())

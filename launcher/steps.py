@@ -36,6 +36,8 @@ def start(hosts: list[str], command: list[str], config: NodeConfig, variables: d
     if [name for name, _ in groups] == [config.hostname]:
         world.check_ranks(len(hosts))
         environment = world.own_host_environment()
+        if mpirun.family == "openmpi":
+            environment = world.one_host_settings(mpirun.version[0] if mpirun.version else 5, alone=False) | environment
         extra: list[str] = []
         passed: tuple[str, ...] = ()
     else:

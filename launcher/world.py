@@ -71,6 +71,20 @@ def discover(environment: dict[str, str] | None = None) -> Rank | None:
     return None
 
 
+def on_one_host(environment: dict[str, str]) -> bool:
+    """Whether the launcher of this rank says that all ranks are on this host; a pure function."""
+    size = environment.get("OMPI_COMM_WORLD_SIZE")
+    if size is not None:
+        return environment.get("OMPI_COMM_WORLD_LOCAL_SIZE") == size
+    return environment.get("SLURM_STEP_NUM_NODES") == "1"
+
+
+def one_host_settings(major: int, *, alone: bool) -> dict[str, str]:
+    """Variables for ranks of that Open MPI which are all on one host; a pure function. It need not look for networks then, which takes
+    the one of PyPI a second. ``alone``: nor do they ever meet ranks of another job."""
+    return {"OMPI_MCA_btl": f"self,{'sm' if major >= 5 else 'vader'}{'' if alone else ',tcp'}"}
+
+
 def make_plan(
     options: dict[str, Any],
     *,

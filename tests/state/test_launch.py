@@ -60,6 +60,27 @@ def test_a_ranks_place(variables, place):
     assert world.discover(variables) == place
 
 
+@pytest.mark.parametrize(
+    ("variables", "wanted"),
+    [
+        ({}, False),
+        ({"OMPI_COMM_WORLD_SIZE": "4", "OMPI_COMM_WORLD_LOCAL_SIZE": "4"}, True),
+        ({"OMPI_COMM_WORLD_SIZE": "4", "OMPI_COMM_WORLD_LOCAL_SIZE": "2", "SLURM_STEP_NUM_NODES": "1"}, False),
+        ({"OMPI_COMM_WORLD_SIZE": "4"}, False),
+        (STEP | {"SLURM_STEP_NUM_NODES": "1"}, True),
+        (STEP | {"SLURM_STEP_NUM_NODES": "2"}, False),
+    ],
+)
+def test_ranks_on_one_host(variables, wanted):
+    assert world.on_one_host(variables) == wanted
+
+
+def test_ranks_on_one_host_need_no_network():
+    assert world.one_host_settings(5, alone=True) == {"OMPI_MCA_btl": "self,sm"}
+    assert world.one_host_settings(4, alone=False) == {"OMPI_MCA_btl": "self,vader,tcp"}
+    assert [pairing.open_mpi_major(text) for text in (OPEN_MPI, OPEN_MPI_4, MPICH)] == [5, 4, 0]
+
+
 OPEN_MPI = "Open MPI v5.0.11, package: Open MPI user@host Distribution, ident: 5.0.11\0"
 OPEN_MPI_4 = "Open MPI v4.1.4, package: Debian OpenMPI"
 MPICH = "MPICH Version:      5.0.2\nMPICH configure:    --with-device=ch4:ucx,ofi --with-pm=hydra:gforker\n"
