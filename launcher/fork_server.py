@@ -630,7 +630,6 @@ class ForkServer:
         session.remove_dir(self.config.session_dir)
         os.close(self.lock)
 
-
     def _part_from_link(self) -> None:
         """Lets the link end MPI, which removes its files itself and complains of those it does not find, and waits until it has."""
         if self._link is None or not self._files:

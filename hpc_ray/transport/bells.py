@@ -1,8 +1,8 @@
 """How a node that sleeps hears that a message is coming by a transport whose library has to be looked at: a datagram beside it.
 
-Whoever has not exchanged anything with a peer for ``QUIET_S`` rings before it sends. So a node may sleep long once all has been quiet
-for longer than that; its own view of when a message passed is never earlier than the peer's (BELLS-1: a message counts for its sender
-when it is sent, for its receiver when it is received, and for its sender once more when it knows that).
+Relied on by ``mpi``. Whoever has not exchanged anything with a peer for ``QUIET_S`` rings before it sends. So a node may sleep long once
+all has been quiet for longer than that; its own view of when a message passed is never earlier than the peer's (BELLS-1: a message counts
+for its sender when it is sent, for its receiver when it is received, and for its sender once more when it knows that).
 
 Datagrams may be dropped, or not let through between hosts. Whoever finds ``MISSES`` messages in a row that did not ring believes no
 bell any more, and looks at short intervals.
@@ -61,10 +61,8 @@ class Bells:
         while True:
             try:
                 rung = self._socket.recv(2 * _TOKEN_BYTES) == self.own[2] or rung
-            except BlockingIOError:
+            except OSError:  # nothing more
                 return rung
-            except OSError:
-                pass  # an answer to one of ours: nobody is there
 
     def judge(self, came: bool, rung: bool) -> None:
         """After a long sleep: whether messages lay there, and whether somebody had rung."""

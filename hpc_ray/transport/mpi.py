@@ -108,7 +108,7 @@ class MPITransport(Transport):
         self._next_tag = 0
         self._bells = bells
         self._last = time.monotonic()  # when anything moved
-        self._asleep = False  # somebody relies on ``sleep_s``
+        self._asleep = False  # the last ``sleep_s`` allowed it
         self._ring: deque[tuple[MPI.Request, bytearray]] = deque()
         if self.nodes > 1:
             for _ in range(RING_SLOTS):
