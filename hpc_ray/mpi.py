@@ -97,7 +97,9 @@ def _run(command: list[str], gang: Gang, variables: dict[str, str], folder: str 
     began = time.time()
     room = Room.take(client, gang) if gang.spread else Room.here(client, gang, dict(context.instances))
     try:
-        process = steps.start(room.hosts, command, client.config, variables, cwd=folder, text=True, errors="replace", **pipes)
+        process = steps.start(
+            room.hosts, command, client.config, variables, brief=True, cwd=folder, text=True, errors="replace", **pipes
+        )
         try:
             out, err = process.communicate()
         finally:
