@@ -147,8 +147,7 @@ class Link:
         self.lane = attachment.lane
         self.files = ObjectFiles(_core.Store(attachment.segment, attachment.lane), attachment.config.spill_dir)
         self.node_alive = True
-        everything = self.rank.place.local_rank == 0
-        files = session.shared_files(self.rank.place.rank, everything=everything)
+        files = session.shared_files(self.rank.place.rank, everything=self.rank.place.local_rank == 0)
         channel.send_note(attachment.connection, {"remove": files})
         attachment.connection.setblocking(False)
         if self.doorbell is not None:
@@ -357,7 +356,10 @@ class Link:
         if at_once:
             process.kill()
         else:
-            channel.send_note(self.attachment.connection, {"remove": []})  # MPI goes on here
+            try:
+                channel.send_note(self.attachment.connection, {"remove": []})  # MPI goes on here
+            except OSError:
+                pass  # it has just died
             self.part()
         self.node_alive = False
         self.on_own_node_gone("it was removed")

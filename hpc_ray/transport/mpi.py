@@ -107,7 +107,7 @@ class MPITransport(Transport):
         self._tags = min(int(upper or 32767), 1 << 28) - _TAG_OBJECT
         self._next_tag = 0
         self._bells = bells
-        self._last = time.monotonic()  # when anything moved
+        self._last = time.monotonic()  # when anything moved, or somebody rang
         self._asleep = False  # the last ``sleep_s`` allowed it
         self._ring: deque[tuple[MPI.Request, bytearray]] = deque()
         if self.nodes > 1:
@@ -170,8 +170,6 @@ class MPITransport(Transport):
                 continue
             if not peer.bytes_out and not peer.sends:
                 self._sending.discard(peer)
-        if moved:
-            self._last = time.monotonic()
         return moved
 
     # -- messages in
@@ -194,7 +192,7 @@ class MPITransport(Transport):
             moved = True
             peer = self._by_rank[self._status.Get_source()]
             count = self._status.Get_count(MPI.BYTE)
-            peer.last = self._last = time.monotonic()
+            peer.last = time.monotonic()
             try:
                 self._take(peer, memoryview(buffer)[:count])
             finally:
@@ -315,8 +313,6 @@ class MPITransport(Transport):
                 continue
             if outgoing.pending or outgoing.next < len(outgoing.view):
                 self._outgoing.append(outgoing)
-        if moved:
-            self._last = time.monotonic()
         return moved
 
     # -- failures
@@ -375,21 +371,22 @@ class MPITransport(Transport):
         return SLEEP_S if self._asleep else 0.0
 
     def poll(self) -> list[Event]:
-        if self._asleep:
-            self._asleep = False
-            assert self._bells is not None
+        rung = False
+        if self._asleep and self._bells is not None:
             rung = self._bells.heard()
-            if rung:
-                self._last = time.monotonic()
-            self._bells.judge(self._pull(), rung)
+            moved = self._pull()
+            self._bells.judge(moved, rung)
+            self._asleep = False
         else:
-            self._pull()
+            moved = self._pull()
         if self._sending:
-            self._push()
+            moved |= self._push()
         if self._incoming or self._outgoing:
-            self._move_objects()
+            moved |= self._move_objects()
             if self._sending:
-                self._push()
+                moved |= self._push()
+        if moved or rung:
+            self._last = time.monotonic()
         if not self._events:
             return _NOTHING
         events, self._events = self._events, []
