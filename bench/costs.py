@@ -26,7 +26,8 @@ import scenes
 from hpc_ray import _core
 from hpc_ray.launcher import world
 from hpc_ray.protocol import ReportResources, decode, encode
-from hpc_ray.simulator import Costs, Prices, units_of
+from hpc_ray.simulator.costs import Costs, Prices
+from hpc_ray.simulator.roles import units_of
 
 HERE = Path(__file__).parent
 SIZES = (2, 16, 100, 1000)

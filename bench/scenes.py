@@ -18,7 +18,10 @@ import msgspec
 from hpc_ray.config import Settings
 from hpc_ray.ids import IdMinter, raylet_address
 from hpc_ray.protocol import ActorState, ObjectLocal, PullFailed, PullObject, Strategy
-from hpc_ray.simulator import Costs, Driver, Prices, Process, Simulator, Task
+from hpc_ray.simulator.cluster import Simulator
+from hpc_ray.simulator.costs import Costs, Prices
+from hpc_ray.simulator.process import Process
+from hpc_ray.simulator.programs import Driver, Task
 
 LOCAL_NODES = 64  # nodes whose programs run, where there are more: they do not meet
 ACTORS = 10_000  # at most so many are made

@@ -8,7 +8,8 @@ import pytest
 from hpc_ray.config import Settings
 from hpc_ray.ids import GCS_ADDRESS, IdMinter
 from hpc_ray.protocol import ActorState, LeaseRefusal, ObjectLocal, PullFailed, Shutdown, Strategy
-from hpc_ray.simulator import Costs, Simulator
+from hpc_ray.simulator.cluster import Simulator
+from hpc_ray.simulator.costs import Costs
 
 CPUS = {"CPU": 4}
 

@@ -7,7 +7,9 @@ import pytest
 from hpc_ray.ids import raylet_address
 from hpc_ray.protocol import ActorState, ClusterView, Strategy
 from hpc_ray.scheduling import FANOUT
-from hpc_ray.simulator import Costs, Prices, Process, Simulator
+from hpc_ray.simulator.cluster import Simulator
+from hpc_ray.simulator.costs import Costs, Prices
+from hpc_ray.simulator.process import Process
 
 CPUS = {"CPU": 2}
 PRICES = Prices(

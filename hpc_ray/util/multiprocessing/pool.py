@@ -18,6 +18,7 @@ import queue
 import threading
 import time
 import weakref
+from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from multiprocessing import TimeoutError  # noqa: A004 - the one that callers of a pool catch
@@ -155,7 +156,7 @@ def _first_error(results: list[Any]) -> BaseException | None:
     return next((item.underlying for item in results if isinstance(item, PoolTaskError)), None)
 
 
-class IMapIterator:
+class IMapIterator(ABC):
     """Results of ``imap`` and ``imap_unordered``. An iterable with a length is submitted at once, one without as results
     are taken, so that it may be endless."""
 
@@ -184,9 +185,9 @@ class IMapIterator:
             self._arrived[index] = results if error is None else [PoolTaskError(error)]
             self._changed.notify_all()
 
+    @abstractmethod
     def _pick(self) -> int | None:
         """Which chunk to hand out now; None if it is not there. Under ``_changed``."""
-        raise NotImplementedError
 
     def __iter__(self) -> Iterator[Any]:
         return self

@@ -1,0 +1,144 @@
+"""Who has an address, and the cores that processes share."""
+
+from __future__ import annotations
+
+import heapq
+import itertools
+from collections import deque
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from hpc_ray.ids import node_of
+
+if TYPE_CHECKING:
+    from hpc_ray.simulator.cluster import Simulator
+
+
+SLICE_S = 3e-3  # other programs have a core for so long at a time
+
+
+class Host:
+    """Cores; of those that are ready who has had least gets the next free one, as the kernel has it, for as long as what it found in
+    its queue takes. Of each core other programs have all but the share ``ours``."""
+
+    def __init__(self, simulator: Simulator, cores: int, ours: float):
+        self.simulator = simulator
+        self.free = cores
+        self.ready: list[tuple[float, int, Process]] = []  # heap, by what they have had
+        self._had_s = 0.0  # by who got a core last: who has slept does not make up for it
+        self._order = itertools.count()
+        self._away_s = SLICE_S * ours / (1 - ours) if ours < 1 else 0.0
+        self._others = 0  # that want a core
+        for _ in range(cores if ours < 1 else 0):
+            simulator.after(simulator.random.random() * (SLICE_S + self._away_s), self._other_comes)
+
+    def _other_comes(self) -> None:
+        self._others += 1
+        self.dispatch()
+
+    def _other_goes(self) -> None:
+        self.free += 1
+        self.simulator.after(self._away_s * 2 * self.simulator.random.random(), self._other_comes)
+        self.dispatch()
+
+    def add(self, process: Process) -> None:
+        process.had_s = max(process.had_s, self._had_s)
+        heapq.heappush(self.ready, (process.had_s, next(self._order), process))
+        self.dispatch()
+
+    def dispatch(self) -> None:
+        while self.free and self._others:
+            self._others -= 1
+            self.free -= 1
+            self.simulator.after(SLICE_S, self._other_goes)
+        while self.free and self.ready:
+            had_s, _, process = heapq.heappop(self.ready)
+            self._had_s = max(self._had_s, had_s)
+            if process.alive:
+                self.free -= 1
+                seconds = process.take_turn()
+                process.had_s += seconds
+                process.busy_s += seconds
+                self.simulator.after(seconds, lambda process=process: self._end(process))  # type: ignore[misc]
+
+    def _end(self, process: Process) -> None:
+        self.free += 1
+        if process.alive:
+            process.end_turn()
+            if process.inbox:
+                heapq.heappush(self.ready, (process.had_s, next(self._order), process))
+            else:
+                process.awake = False
+                process.rest()
+        self.dispatch()
+
+
+class Process:
+    """Somebody with an address. With prices: one thread, which takes what is in its queue in turns."""
+
+    most = 64  # messages in a turn
+    turn_s = 0.0
+
+    def __init__(self, simulator: Simulator, address: int):
+        self.simulator = simulator
+        self.address = address
+        self.alive = True
+        self.busy_s = 0.0
+        self.had_s = 0.0  # of its host's cores, since everybody has had as much
+        simulator.processes[address] = self
+        if simulator.prices is not None:
+            self.host = simulator.host_of(node_of(address))
+            self.inbox: deque[tuple[float, Callable[[], None]]] = deque()
+            self.outbox: list[tuple[int, Any]] = []
+            self.awake = False
+            self._in_turn = False
+            self._spent = 0.0
+            self._waking_s = 0.0
+            self._encoded: Any = None
+
+    def send(self, destination: int, message: Any) -> None:
+        simulator = self.simulator
+        if simulator.prices is None:
+            simulator.post(self.address, destination, message)
+        elif self._in_turn:
+            self._spent += simulator.send_price(message, again=message is self._encoded)
+            self._encoded = message
+            self.outbox.append((destination, message))
+        else:
+            self.do_later(0.0, lambda: self.send(destination, message))
+
+    def receive(self, source: int, message: Any) -> None:
+        """A message is here. A process that is nothing but work, as a fork server is, gets none."""
+        raise AssertionError(f"nobody here for {type(message).__name__} of {source:#x}")
+
+    # -- with prices
+
+    def do_later(self, seconds: float, what: Callable[[], None]) -> None:
+        """When its turn comes; it will take so long, and what it sends meanwhile leaves at the end."""
+        self.inbox.append((seconds, what))
+        self.wake()
+
+    def wake(self) -> None:
+        if not self.awake:
+            self.awake = True
+            assert self.simulator.prices is not None
+            self._waking_s = self.simulator.prices.wake_s
+            self.host.add(self)
+
+    def take_turn(self) -> float:
+        self._in_turn, self._spent, self._encoded = True, self.turn_s + self._waking_s, None
+        self._waking_s = 0.0
+        for _ in range(min(self.most, len(self.inbox))):
+            seconds, what = self.inbox.popleft()
+            self._spent += seconds
+            what()
+        self._in_turn = False
+        return self._spent
+
+    def end_turn(self) -> None:
+        outbox, self.outbox = self.outbox, []
+        for destination, message in outbox:
+            self.simulator.post(self.address, destination, message)
+
+    def rest(self) -> None:
+        """Its queue is empty."""
