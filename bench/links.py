@@ -41,6 +41,9 @@ class End:
     def write_buffer(self, handle: int) -> None:
         return None
 
+    def prepare(self, handle: int, offset: int, size: int) -> None:
+        return None
+
     def on_message(self, node: int, source: int, destination: int, payload: object) -> None:
         self.arrived += 1
         self.lane.forward(source, self.user.address, payload)

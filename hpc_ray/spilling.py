@@ -108,6 +108,10 @@ class ObjectFiles:
             return memoryview(MappedFile(self.path(handle), writable=True))
         return self.store.write_buffer(handle)
 
+    def prepare(self, handle: int, offset: int, size: int) -> None:
+        """So many bytes of a ``write_buffer`` are about to be written; what is in a file needs nothing."""
+        self.store.prepare(handle, offset, size)
+
     def spill(self, handle: int) -> int:
         """Move an object from the arena to a file; the bytes freed, 0 if it is in use or gone. Blocks. Raises as ``write``."""
         pin = self.store.get(handle)

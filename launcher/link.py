@@ -163,6 +163,10 @@ class Link:
         assert self.files is not None  # the transfer is our own raylet's wish
         return self.files.write_buffer(handle)
 
+    def prepare(self, handle: int, offset: int, size: int) -> None:
+        assert self.files is not None
+        self.files.prepare(handle, offset, size)
+
     # -- the loop
 
     def run(self) -> int:

@@ -485,6 +485,9 @@ NB_MODULE(_core, m) {
             },
             nb::arg("handle"))
         .def(
+            "prepare", [](StoreView& s, u64 handle, u64 offset, u64 size) { s->prepare(handle, offset, size); },
+            nb::arg("handle"), nb::arg("offset"), nb::arg("size"))
+        .def(
             "write",
             [](StoreView& s, u64 handle, u64 offset, nb::handle buffer) {
                 Store& store = *s;

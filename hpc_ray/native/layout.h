@@ -33,6 +33,9 @@ constexpr u32 kLaneWords = kMaxLanes / 64;  // words of a bit set with one bit f
 constexpr u32 kWellKnownLanes = 16;         // indices below are for roles and are only claimed by name
 constexpr u32 kLinkLane = 1;                // everything for another node goes to this lane of the own node
 constexpr u32 kHeapBins = 512;
+constexpr u64 round_up(u64 value, u64 unit) { return (value + unit - 1) / unit * unit; }
+constexpr u64 kPage = 4096;
+constexpr u64 kHugePage = 2u << 20;  // the heap begins at a multiple of it, in the file and in memory
 
 // ---- addresses: node (16) | lane index (16) | incarnation (32) ---------------------------------------------------
 constexpr u64 make_address(u32 node, u32 index, u32 incarnation) {

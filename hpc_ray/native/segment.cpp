@@ -15,11 +15,7 @@ namespace hpc {
 
 namespace {
 
-constexpr u64 kPage = 4096;
-constexpr u64 kHugePage = 2u << 20;
 constexpr u64 kFrameBytes = 16u << 20;  // STORE-6; sparse like all of it
-
-u64 round_up(u64 value, u64 unit) { return (value + unit - 1) / unit * unit; }
 
 std::runtime_error system_error(const char* what) {
     int error = errno;
@@ -42,10 +38,19 @@ Places place(u32 max_lanes, u32 ring_bytes, u32 max_rings, u32 max_slots, u64 he
     return p;
 }
 
+// At a multiple of kHugePage, as huge pages want it.
 char* map(int fd, u64 bytes) {
-    void* base = mmap(nullptr, bytes, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_NORESERVE, fd, 0);
-    if (base == MAP_FAILED) throw system_error("cannot map the node's shared memory (is ulimit -v set?)");
-    return static_cast<char*>(base);
+    auto check = [](void* address) {
+        if (address == MAP_FAILED) throw system_error("cannot map the node's shared memory (is ulimit -v set?)");
+        return static_cast<char*>(address);
+    };
+    char* room = check(mmap(nullptr, bytes + kHugePage, PROT_NONE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0));
+    char* base = reinterpret_cast<char*>(round_up(reinterpret_cast<u64>(room), kHugePage));
+    check(mmap(base, bytes, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_NORESERVE | MAP_FIXED, fd, 0));
+    char* end = base + round_up(bytes, kPage);
+    if (base != room) munmap(room, u64(base - room));
+    munmap(end, u64(room + bytes + kHugePage - end));
+    return base;
 }
 
 atomic<u32> g_fork_generation{0};

@@ -14,6 +14,9 @@
 #ifndef MADV_POPULATE_WRITE
 #define MADV_POPULATE_WRITE 23
 #endif
+#ifndef MADV_COLLAPSE
+#define MADV_COLLAPSE 25
+#endif
 
 namespace hpc {
 
@@ -168,14 +171,55 @@ char* Store::write_address(u64 handle, u64& size) {
     return segment_->base() + slot->offset.load();
 }
 
-// Maps pages that are about to be written, faster than by faults.
-void Store::populate(char* first, u64 bytes) {
-    const u64 begin = u64(first - segment_->base()) / kPopulated, end = (u64(first - segment_->base()) + bytes - 1) / kPopulated + 1;
+bool Store::is_populated(const char* first, const char* last) const {
+    const atomic<bool>* known = populated_.get();
+    return std::all_of(known + part_of(first), known + part_of(last - 1) + 1,
+                       [](const atomic<bool>& part) { return part.load(std::memory_order_relaxed); });
+}
+
+void Store::set_populated(const char* first, const char* last) {
     atomic<bool>* known = populated_.get();
-    if (std::all_of(known + begin, known + end, [](const atomic<bool>& part) { return part.load(std::memory_order_relaxed); })) return;
-    const u64 last = std::min(end * kPopulated, segment_->bytes());
-    if (madvise(segment_->base() + begin * kPopulated, last - begin * kPopulated, MADV_POPULATE_WRITE) == 0)
-        std::for_each(known + begin, known + end, [](atomic<bool>& part) { part.store(true, std::memory_order_relaxed); });
+    std::for_each(known + part_of(first), known + part_of(last - 1) + 1,
+                  [](atomic<bool>& part) { part.store(true, std::memory_order_relaxed); });
+}
+
+// Maps pages that are about to be written, faster than by faults.
+void Store::populate(char* first, char* last) {
+    if (is_populated(first, last)) return;
+    const u64 begin = part_of(first) * kPopulated, stop = std::min((part_of(last - 1) + 1) * kPopulated, segment_->bytes());
+    if (madvise(segment_->base() + begin, stop - begin, MADV_POPULATE_WRITE) == 0) set_populated(first, last);
+}
+
+// The same with huge pages, where they lie in memory that is all an object's, which ends at `end`: ten times as fast again, and
+// for its readers too. Shared memory seldom gets them by itself; this call (Linux 6.1) does not ask what is configured. It wants to
+// find something in each, and has all cores hand over pages that they keep aside, for which it waits when they are busy: so
+// it is made for many at once.
+void Store::make_huge(char* first, char* last, char* end) {
+    constexpr u32 enough = 4;  // failures in a row: the system cannot, or has none left
+    if (huge_failures_.load(std::memory_order_relaxed) >= enough) return;
+    char* base = segment_->base();
+    const u64 begin = round_up(u64(first - base), kHugePage);
+    const u64 stop = std::min(round_up(u64(last - base), kHugeBatch), u64(end - base)) / kHugePage * kHugePage;
+    if (begin >= stop || is_populated(base + begin, base + stop)) return;
+    for (u64 at = begin; at < stop; at += kHugePage)
+        if (madvise(base + at, kPage, MADV_POPULATE_WRITE) != 0) return;
+    if (madvise(base + begin, stop - begin, MADV_COLLAPSE) == 0) {
+        huge_failures_.store(0, std::memory_order_relaxed);
+        set_populated(base + begin, base + stop);
+    } else {
+        huge_failures_.fetch_add(1, std::memory_order_relaxed);
+    }
+}
+
+void Store::prepare(u64 handle, u64 offset, u64 bytes) {
+    Slot* slot = find(handle);
+    if (!slot || slot->word.load() != slot_word(kSlotCreating, handle_generation(handle)) || slot->offset.load() == 0) return;
+    const u64 size = slot->size.load();
+    if (offset >= size || bytes == 0) return;
+    char* data = segment_->base() + slot->offset.load();
+    char* last = data + std::min(size, offset + bytes);
+    make_huge(data + offset, last, data + size);
+    populate(data + offset, last);
 }
 
 void Store::write(u64 handle, u64 offset, const void* source, u64 bytes) {
@@ -186,14 +230,19 @@ void Store::write(u64 handle, u64 offset, const void* source, u64 bytes) {
                                     std::to_string(bytes) + " bytes, but the object has " + std::to_string(size));
     target += offset;
     const char* from = static_cast<const char*>(source);
+    const bool known = bytes < kPopulated || is_populated(target, target + bytes);
     // Populating in steps keeps the freshly zeroed pages in the cache for the copy that follows.
-    auto copy = [this](char* to, const char* what, u64 length) {
-        constexpr u64 step = 2u << 20;
-        while (length != 0) {
-            u64 part = std::min(length, step);
-            if (part >= kPopulated) populate(to, part);
+    auto copy = [this, known](char* to, const char* what, u64 length) {
+        char* end = to + length;
+        while (to != end) {
+            u64 part = u64(end - to);
+            if (!known) {
+                part = std::min(part, kHugeBatch - u64(to - segment_->base()) % kHugeBatch);
+                make_huge(to, to + part, end);
+                populate(to, to + part);
+            }
             memcpy(to, what, part);
-            to += part, what += part, length -= part;
+            to += part, what += part;
         }
     };
     u64 workers = bytes > (8u << 20) ? u64(std::clamp(affinity_count(), 1, 4)) : 1;

@@ -73,8 +73,10 @@ class Store {
     u64 create_on_disk(const char* id, u64 size, u64 owner);
     // Where to write; only the creator and the link, only while CREATING (throws invalid_argument otherwise).
     char* write_address(u64 handle, u64& size);
-    // Copies into an object that is being created, with up to four threads for large copies; populates pages first.
+    // Copies into an object that is being created, with up to four threads for large copies; prepares the memory first.
     void write(u64 handle, u64 offset, const void* source, u64 bytes);
+    // So many bytes at write_address are about to be written: maps their pages, if the object still is being created.
+    void prepare(u64 handle, u64 offset, u64 bytes);
     void seal(u64 handle);
     void abort(u64 handle);
     // Pins and gives the data's address; nullptr when the object is gone or not sealed. Each pin needs one unpin.
@@ -103,7 +105,11 @@ class Store {
     u64 create_slot(const char* id, u64 size, u64 owner, u32 kind, bool in_arena);
     Slot* find(u64 handle);
     void free_if_doomed(u32 slot);
-    void populate(char* first, u64 bytes);
+    void populate(char* first, char* last);
+    void make_huge(char* first, char* last, char* end);
+    bool is_populated(const char* first, const char* last) const;
+    void set_populated(const char* first, const char* last);
+    u64 part_of(const char* address) const { return u64(address - segment_->base()) / kPopulated; }
 
     std::shared_ptr<Segment> segment_;
     u64 address_;
@@ -116,6 +122,8 @@ class Store {
     // tables once more costs a fifth of the copy. A hint: pages that trim has taken come back one by one.
     static constexpr u64 kPopulated = 65536;
     std::unique_ptr<atomic<bool>, void (*)(void*)> populated_;
+    static constexpr u64 kHugeBatch = 8u << 20;
+    atomic<u32> huge_failures_{0};  // in a row
 };
 
 }  // namespace hpc

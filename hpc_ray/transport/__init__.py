@@ -59,6 +59,9 @@ class Objects(Protocol):
     def write_buffer(self, handle: int) -> Any:
         """The memory of an object that is being created."""
 
+    def prepare(self, handle: int, offset: int, size: int) -> None:
+        """So many bytes of that memory are about to be written: it may be made ready, which pays before large ones."""
+
 
 class Transport(ABC):
     """One node's end."""

@@ -61,10 +61,11 @@ class _Peer:
 class _Incoming:
     __slots__ = ("handle", "next", "pending", "size", "source", "tag", "transfer_id", "view")
 
-    def __init__(self, transfer_id: int, source: _Peer, tag: int, view: memoryview):
+    def __init__(self, transfer_id: int, source: _Peer, tag: int, handle: int, view: memoryview):
         self.transfer_id = transfer_id
         self.source = source
         self.tag = tag
+        self.handle = handle
         self.view = view
         self.size = len(view)
         self.next = 0  # first byte without a posted receive
@@ -264,13 +265,14 @@ class MPITransport(Transport):
             self._next_tag = (self._next_tag + 1) % self._tags
             if tag not in self._incoming:
                 break
-        incoming = self._incoming[tag] = _Incoming(transfer_id, peer, tag, view)
+        incoming = self._incoming[tag] = _Incoming(transfer_id, peer, tag, handle, view)
         self._post_pieces(incoming)
         self.send(source_node, 0, _OWN, _FETCH.pack(_CODE_FETCH, tag, source_handle, size))
 
     def _post_pieces(self, incoming: _Incoming) -> None:
         while incoming.next < incoming.size and len(incoming.pending) < PIECES_AHEAD:
             piece = incoming.view[incoming.next : incoming.next + PIECE_BYTES]
+            self._objects.prepare(incoming.handle, incoming.next, len(piece))
             incoming.pending.append(self._comm.Irecv([piece, MPI.BYTE], incoming.source.rank, incoming.tag))
             incoming.next += len(piece)
 

@@ -271,11 +271,12 @@ class _Peer:
 
 
 class _Incoming:
-    __slots__ = ("left", "source", "transfer_id", "view")
+    __slots__ = ("handle", "left", "source", "transfer_id", "view")
 
-    def __init__(self, transfer_id: int, source: _Peer, view: memoryview):
+    def __init__(self, transfer_id: int, source: _Peer, handle: int, view: memoryview):
         self.transfer_id = transfer_id
         self.source = source
+        self.handle = handle
         self.view = view
         self.left = len(view)
 
@@ -627,6 +628,7 @@ class TCPTransport(Transport):
     def _target(self, kind: int, tag: int, offset: int, size: int) -> memoryview:
         incoming = self._incoming.get(tag) if kind == _PIECE else None
         if incoming is not None:
+            self._objects.prepare(incoming.handle, offset, size)
             return incoming.view[offset : offset + size]
         return memoryview(bytearray(size))
 
@@ -676,7 +678,7 @@ class TCPTransport(Transport):
             self._events.append(TransferEnded(transfer_id, ""))
             return
         tag = next(self._tags)
-        self._incoming[tag] = _Incoming(transfer_id, peer, view)
+        self._incoming[tag] = _Incoming(transfer_id, peer, handle, view)
         self._put(peer, _FETCH, tag, source_handle, _SIZE.pack(size))
 
     def _on_fetch(self, peer: _Peer, tag: int, handle: int, size: int) -> None:

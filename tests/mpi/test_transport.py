@@ -31,6 +31,9 @@ class Arena:
     def write_buffer(self, handle):
         return self.made[handle]
 
+    def prepare(self, handle, offset, size):
+        assert 0 <= offset < offset + size <= len(self.made[handle])
+
 
 class Node:
     """One rank's end, and what has come to it."""

@@ -36,6 +36,9 @@ class Memory:
     def write_buffer(self, handle):
         return self.objects[handle]
 
+    def prepare(self, handle, offset, size):
+        assert 0 <= offset < offset + size <= len(self.objects[handle])
+
 
 class End(tcp.TCPTransport):
     """A node's end that keeps what comes."""

@@ -1,6 +1,7 @@
 // store and heap: objects' lives, pins, the allocator under random load, threads.
 #include <string.h>
 
+#include <algorithm>
 #include <atomic>
 #include <map>
 #include <random>
@@ -258,6 +259,44 @@ TEST(large_writes_and_trim) {
     CHECK(s->statistics().resident_bytes < (4u << 20));
     check_valid(*s);
     lane->close(0);
+    check_empty(*s);
+}
+
+TEST(preparing_changes_no_byte) {
+    auto s = make_segment(65536, 96 << 20);
+    CHECK(reinterpret_cast<u64>(s->base()) % kHugePage == 0);
+    std::mt19937_64 random(5);
+    u64 size;
+    for (int round = 0; round < 3; round++) {  // memory that is new, and that others have used
+        auto lane = Lane::open(s, -1);
+        auto link = Lane::open(s, int(kLinkLane));
+        Store& store = lane->store();
+        std::vector<std::pair<u64, char>> objects;
+        for (u64 bytes : {u64(100), u64(65536), kHugePage - 64, kHugePage, 2 * kHugePage + 77, u64(9) << 20, u64(33 << 20) + 5}) {
+            char mark = char('a' + random() % 26);
+            u64 handle = store.create(kId, bytes, 0);
+            char* data = link->store().write_address(handle, size);
+            for (u64 at = 0; at < bytes;) {  // as a link receives it
+                u64 part = std::min(bytes - at, 1 + random() % (5 << 20));
+                link->store().prepare(handle, at, part);
+                memset(data + at, mark, part);
+                link->store().prepare(handle, at, part);
+                at += part;
+            }
+            link->store().prepare(handle, bytes, 5);  // behind it: nothing
+            store.seal(handle);
+            link->store().prepare(handle, 0, bytes);  // complete: nothing
+            objects.emplace_back(handle, mark);
+        }
+        for (auto [handle, mark] : objects) {
+            const char* data = store.pin(handle, size);
+            CHECK(data && std::all_of(data, data + size, [mark = mark](char byte) { return byte == mark; }));
+            store.unpin(handle);
+            store.remove(handle);
+            store.prepare(handle, 0, size);  // gone: nothing
+        }
+        lane->close(0), link->close(0);
+    }
     check_empty(*s);
 }
 
