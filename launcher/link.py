@@ -117,6 +117,7 @@ class Link:
         self.transport = make_transport(self)
         self.stopping = False
         self.node_alive = False
+        self.parting = False  # our node is gone, and we have yet to part from it
         self.code = 0
         self.gone: set[int] = set()  # nodes without life, whether their link lives or not
         self.standby = list(range(rank.nodes, len(rank.leaders)))  # node 0: who can still be told to start
@@ -199,6 +200,8 @@ class Link:
             for event in transport.poll():
                 self.on_event(event)
                 moved = True
+            if self.parting:
+                self.part()  # the others know by now: this takes a while
             now = time.monotonic()
             if moved or self.arrived:
                 quiet_since, park = now, FIRST_PARK_S
@@ -345,6 +348,8 @@ class Link:
             pass  # nobody listens any more; watch() sees that
 
     def on_start_node(self, options: dict[str, Any]) -> None:
+        if self.parting:
+            self.part()
         try:
             attachment = self.rank.bring_up(1, 0, options)
         except Exception as error:
@@ -434,6 +439,7 @@ class Link:
             closed, note = _closed(self.attachment.connection)
             if closed:
                 self.node_alive = False
+                self.parting = self.node != 0
                 self.on_own_node_gone(note)
 
     def on_control_closed(self) -> None:
@@ -442,8 +448,6 @@ class Link:
     def on_own_node_gone(self, text: str) -> None:
         if self.stopping:
             return
-        if self.node:
-            self.part()
         text = text or "its node process was killed"
         if self.node == 0:
             self.code = 0 if text.startswith(ORDERLY) else 1
@@ -455,6 +459,7 @@ class Link:
 
     def part(self) -> None:
         """From our node: what MPI has left in shared memory is the node's to remove, then it ends. Waits for that."""
+        self.parting = False
         if self.attachment is not None:
             self.attachment.connection.close()
         if self.rank.node_process is not None:
