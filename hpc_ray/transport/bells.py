@@ -1,8 +1,11 @@
 """How a node that sleeps hears that a message is coming by a transport whose library has to be looked at: a datagram beside it.
 
 Relied on by ``mpi``. Whoever has not exchanged anything with a peer for ``QUIET_S`` rings before it sends. So a node may sleep long once
-all has been quiet for longer than that; its own view of when a message passed is never earlier than the peer's (BELLS-1: a message counts
-for its sender when it is sent, for its receiver when it is received, and for its sender once more when it knows that).
+all has been quiet for longer than that, and it has looked once more since.
+
+BELLS-1 (held up): any process may lose its core between any two steps. So who sends counts from before it sent, and asks once more
+afterwards whether it should ring; who receives counts from the earliest moment at which its library can have taken the message. And who
+wants to sleep counts from the latest: when it saw that something had moved, also that a message of its own had been taken.
 
 Datagrams may be dropped, or not let through between hosts. Whoever finds ``MISSES`` messages in a row that did not ring believes no
 bell any more, and looks at short intervals.

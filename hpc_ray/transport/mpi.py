@@ -51,7 +51,7 @@ class _Peer:
         self.node = node
         self.rank = rank
         self.lost = False
-        self.last = 0.0  # when we sent it something or received something of it (BELLS-1)
+        self.last = 0.0  # when we sent it something or received something of it, at the earliest (BELLS-1)
         self.out: deque[Any] = deque()  # pieces of the stream
         self.bytes_out = 0
         self.sends: deque[tuple[MPI.Request, Any]] = deque()  # with their memory
@@ -110,6 +110,7 @@ class MPITransport(Transport):
         self._bells = bells
         self._last = time.monotonic()  # when anything moved, or somebody rang
         self._asleep = False  # the last ``sleep_s`` allowed it
+        self._polled = self._since = self._last  # when ``poll`` began; and since when MPI may have taken what it finds now
         self._ring: deque[tuple[MPI.Request, bytearray]] = deque()
         if self.nodes > 1:
             for _ in range(RING_SLOTS):
@@ -159,12 +160,11 @@ class MPITransport(Transport):
                     peer.sends.popleft()
                     moved = True
                 while peer.bytes_out and len(peer.sends) < WINDOW:
-                    now = time.monotonic()
-                    if self._bells is not None and now - peer.last > QUIET_S:
-                        self._bells.ring(peer.node)
-                    peer.last = now
+                    before = self._ring_if_quiet(peer)
                     chunk = self._next_chunk(peer)
                     peer.sends.append((self._comm.Issend([chunk, MPI.BYTE], peer.rank, _TAG_STREAM), chunk))
+                    self._ring_if_quiet(peer)  # somebody else may have had our core since
+                    peer.last = max(peer.last, before)
                     moved = True
             except MPI.Exception as error:
                 self._on_error(error, peer)
@@ -172,6 +172,14 @@ class MPITransport(Transport):
             if not peer.bytes_out and not peer.sends:
                 self._sending.discard(peer)
         return moved
+
+    def _ring_if_quiet(self, peer: _Peer) -> float:
+        """The time."""
+        now = time.monotonic()
+        if now - peer.last > QUIET_S and self._bells is not None:
+            self._bells.ring(peer.node)
+            peer.last = now
+        return now
 
     # -- messages in
 
@@ -193,7 +201,7 @@ class MPITransport(Transport):
             moved = True
             peer = self._by_rank[self._status.Get_source()]
             count = self._status.Get_count(MPI.BYTE)
-            peer.last = time.monotonic()
+            peer.last = max(peer.last, self._since)
             try:
                 self._take(peer, memoryview(buffer)[:count])
             finally:
@@ -368,12 +376,14 @@ class MPITransport(Transport):
             self._bells is not None
             and self._bells.believed
             and not self._sending  # until the peers know of a message they may answer without a ring
-            and time.monotonic() - self._last > LIVELY_S
+            and self._polled - self._last > LIVELY_S  # so we have looked since
         )
         return SLEEP_S if self._asleep else 0.0
 
     def poll(self) -> list[Event]:
         rung = False
+        before, self._polled = self._polled, time.monotonic()
+        self._since = self._polled if self._asleep else before
         if self._asleep and self._bells is not None:
             rung = self._bells.heard()
             moved = self._pull()
