@@ -60,6 +60,12 @@ def object_id_of(task_id: bytes, index: int) -> bytes:
     return task_id + _INDEX.pack(index)
 
 
+def object_ids_of(task_id: bytes, count: int) -> list[bytes]:
+    """Of the first results."""
+    pack = _INDEX.pack
+    return [task_id + pack(index) for index in range(count)]
+
+
 def index_of(object_id: bytes) -> int:
     return int(_INDEX.unpack_from(object_id, 24)[0])
 

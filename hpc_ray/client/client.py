@@ -750,11 +750,13 @@ class Client:
                 )
 
     def _missing(self, entries: Sequence[Entry], kind: type[Waiter] = Waiter) -> Waiter | None:
-        """A waiter for what is not here yet; None if all is here, or one has an error."""
+        """A waiter for what is not here yet; None if all is here, or one has an error. Of the results of one task that follow one another
+        it waits for the first: they come together, and whoever waits looks again."""
         with self.lock:
             missing: dict[Entry, None] = {}  # each once
             elsewhere: dict[Entry, None] = {}
             objects = self.objects
+            task: Any = None
             for entry in entries:
                 result = entry.result
                 if entry.state is READY and result is not None and result.kind == INLINE:
@@ -762,7 +764,9 @@ class Client:
                 if objects.entries.get(entry.id) is not entry:
                     raise exceptions.ObjectLostError(entry.id.hex(), detail="The reference is from another session")
                 if entry.state is not READY:
-                    missing[entry] = None
+                    if task is None or entry.task is not task:
+                        missing[entry] = None
+                        task = entry.task
                 else:
                     assert result is not None
                     if result.kind == ERROR:

@@ -79,18 +79,18 @@ class Entry:
         "waiters",
     )
 
-    def __init__(self, object_id: bytes, owned: bool, state: State):
+    def __init__(self, object_id: bytes, owned: bool, state: State, task: Any = None, count: int = 0):
         self.id = object_id
         self.owned = owned
         self.state = state
-        self.count = 0  # holds in this process: references, tasks, containers
+        self.count = count  # holds in this process: references, tasks, containers
         self.result: Result | None = None  # READY
         self.places: list[list[int]] | None = None  # READY in an ARENA: [[node, handle], …]
         self.waiters: list[Callable[[Entry], None]] | None = None  # not READY: called once, with it, under the lock
         self.borrowers: dict[int, int] | None = None  # owned: address → additions less removals
         self.added = 0  # borrowed: additions made in this process's name
         self.contained: list[Entry] | None = None  # held as long as this entry is
-        self.task: Any = None  # owned: what makes it (pending), or could make it again (OBJ-5)
+        self.task = task  # owned: what makes it (pending), or could make it again (OBJ-5)
         self.lineage = 0  # owned: finished tasks that may run again, and then need it
         self.on_free: Callable[[], None] | None = None  # owned: called when the last hold is gone
         self.pulling = False  # the raylet was asked for a copy here
@@ -239,7 +239,12 @@ class ObjectTable:
         if entry.owned:
             if entry.state < READY:  # its task still runs; set_result comes back here
                 return
-            self.free(entry)
+            if entry.task is None and entry.places is None and entry.on_free is None and not entry.lineage:  # ``free`` in short
+                del self.entries[entry.id]
+                entry.state = FREED
+                entry.result = None
+            else:
+                self.free(entry)
         else:
             if entry.waiters:
                 return

@@ -18,7 +18,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, cast
 
 from hpc_ray.client import context
-from hpc_ray.client.objects import ARENA, ERROR, FREED, PENDING, READY, Entry
+from hpc_ray.client.objects import ARENA, ERROR, FREED, INLINE, PENDING, READY, Entry
 from hpc_ray.client.records import now_ns
 from hpc_ray.client.refs import ObjectRef, new_reference
 from hpc_ray.client.streams import DYNAMIC, ObjectRefGenerator, Stream
@@ -31,7 +31,7 @@ from hpc_ray.exceptions import (
     TaskUnschedulableError,
     WorkerCrashedError,
 )
-from hpc_ray.ids import TaskID, node_of, object_id_of, raylet_address
+from hpc_ray.ids import TaskID, node_of, object_id_of, object_ids_of, raylet_address
 from hpc_ray.protocol import (
     ALL_ARGUMENTS,
     CancelTask,
@@ -316,8 +316,14 @@ class CallPacker:
             reference._entry = entry
             return reference
         if count >= 0:
-            task.returns = [self.make_return(task, i) for i in range(count)]
-            return [ObjectRef(entry) for entry in task.returns] or None
+            ids = object_ids_of(task.id, count)
+            entries = task.returns = [Entry(object_id, True, PENDING, task, 1) for object_id in ids]
+            self.objects.entries.update(zip(ids, entries, strict=True))
+            task.unreturned += count
+            references = [new_reference(ObjectRef) for _ in entries]
+            for reference, entry in zip(references, entries, strict=True):
+                reference._entry = entry
+            return references or None
         stream = Stream(self.client, task)
         if count == DYNAMIC:
             task.returns = (self.make_return(task, 0),)
@@ -327,9 +333,7 @@ class CallPacker:
     def make_return(self, task: Task, index: int) -> Entry:
         """The entry of a result, with the hold of the reference that the caller gets."""
         object_id = object_id_of(task.id, index)
-        entry = self.objects.entries[object_id] = Entry(object_id, True, PENDING)
-        entry.task = task
-        entry.count = 1
+        entry = self.objects.entries[object_id] = Entry(object_id, True, PENDING, task, 1)
         task.unreturned += 1
         return entry
 
@@ -355,12 +359,16 @@ class CallPacker:
             task.dependencies = ()
             task.arguments = b""
         for entry, result in zip(task.returns, results, strict=True):
-            if entry.state < READY:
+            if result.kind == INLINE and entry.state is PENDING and task.unreturned > 1 and not result.contained:  # in short
+                task.unreturned -= 1
+                entry.task = None
+                objects.set_result(entry, result)
+            elif entry.state < READY:
                 objects.receive_result(entry, result)
             else:  # made once more along with one that was lost
                 objects.discard(result)
         for entry, result in zip(task.returns, results, strict=True):
-            if result.kind != ARENA and entry.task is task:  # it cannot be lost
+            if entry.task is task and result.kind != ARENA:  # it cannot be lost
                 task.result_gone(entry)
         for _, entry in arguments:
             objects.release(entry)

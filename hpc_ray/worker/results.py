@@ -77,7 +77,15 @@ class Results:
                 f"Task {task.name} returned {more} than num_returns={count} objects ({len(values)}): "
                 "the number of values and num_returns must agree"
             )
-        return [self.pack(source, task, i, item) for i, item in enumerate(values)]
+        pack, plain_value, most = self.pack, serialize.plain_value, self.client.settings.inline_bytes
+        results = []
+        for i, item in enumerate(values):
+            plain = plain_value(item)
+            if plain is not None and len(plain) <= most:
+                results.append(Result(INLINE, plain, 0, 0, len(plain)))
+            else:
+                results.append(pack(source, task, i, item))
+        return results
 
     def pack_generated(self, source: int, task: PushTask, generator: Any) -> list[Result]:
         """The items of a generator as a fixed number of results; the error that ended it stands for those that are missing."""
