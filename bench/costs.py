@@ -13,24 +13,30 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import socket
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import scenes
 
 from hpc_ray import _core
+from hpc_ray.gcs.journal import SqliteJournal
 from hpc_ray.launcher import world
+from hpc_ray.machine import Journal
 from hpc_ray.protocol import ReportResources, decode, encode
 from hpc_ray.simulator.costs import Costs, Prices
 from hpc_ray.simulator.roles import units_of
 
 HERE = Path(__file__).parent
 SIZES = (2, 16, 100, 1000)
+ACTORS = 48
 
 
 def per_call(what: Any, count: int, rounds: int = 9) -> float:
@@ -79,7 +85,16 @@ def lanes() -> dict[str, float]:
     them.close(0)
     us.close(0)
     found["wake_s"] = woken()
+    found["ring_s"] = rung()
     return found
+
+
+def rung() -> float:
+    """Processor time of a datagram to somebody of this host, as links wake one another."""
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as there, socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as here:
+        there.bind(("127.0.0.1", 0))
+        address = there.getsockname()
+        return per_call(lambda: here.sendto(b"8 bytes.", address), 100)
 
 
 def woken(rounds: int = 2000) -> float:
@@ -112,6 +127,16 @@ def woken(rounds: int = 2000) -> float:
     assert answer, "the process that was woken did not answer"
     us.close(0)
     return float(answer[0][1])
+
+
+def committed() -> float:
+    """Of one record, into the GCS's journal."""
+    with tempfile.TemporaryDirectory() as folder:
+        journal = SqliteJournal(f"{folder}/journal")
+        record = Journal("actor", b"key", bytes(400))
+        spent = per_call(lambda: journal.commit([record]), 50)
+        journal.close()
+    return spent
 
 
 class Stopwatch:
@@ -196,19 +221,21 @@ def derived(found: dict[str, Any], events: Any) -> tuple[dict[str, float], dict[
     costs = {
         "jitter": 0.0,
         "network_s": 1e-6,  # one host's memory
-        "bytes_per_s": 1e11,  # the same: what it takes is the link's work
+        "bytes_per_s": 1e11,  # the same: what it takes is the receiving link's work
         "launch_s": statistics.median(max(0.0, s - n * boot_s / cores) for n, s in measured["start_s"].items() if n > 1),
         "boot_s": boot_s,
         "fork_s": actor["fork_server"],
         "worker_start_s": 0.9 * actor["worker"],
-        "detect_s": 0.01,  # half of launcher.link's WATCH_S
+        "detect_s": measured["death_s"],  # its link waits for that
     }
     prices = {
         **{key: lane[key] for key in ("turn_s", "receive_s", "receive_byte_s", "encode_s", "encode_byte_s", "send_s", "send_byte_s")},
         "wake_s": lane["wake_s"],
+        "ring_s": lane["ring_s"],
         "link_turn_s": link["link_look_s"],
         **{key: link[key] for key in ("link_out_s", "link_in_s", "link_chunk_s")},
-        "link_byte_s": moved["cpu"]["link"] / moved["size"],
+        "link_byte_s": moved["cpu"]["link"] / moved["size"] / 2,  # the sending link only looks, meanwhile
+        "commit_s": found["commit_s"],
         "submit_s": 0.6 * task["driver"],
         "reply_s": 0.4 * task["driver"],
         "task_s": task["worker"],
@@ -217,6 +244,21 @@ def derived(found: dict[str, Any], events: Any) -> tuple[dict[str, float], dict[
         "events": events,
     }
     return costs, prices
+
+
+def coldness(found: dict[str, Any], costs: dict[str, float], prices: dict[str, Any]) -> float:
+    """What it takes a process to fill its caches again. As GCS and raylet of one node, among workers that start, take so much more
+    than their events cost one by one, and the simulator knows how often they run after others."""
+
+    def simulated_s(cold_s: float) -> float:
+        told = msgspec.convert({**prices, "cold_s": cold_s}, Prices)
+        cluster = scenes.Cluster(1, msgspec.convert(costs, Costs), told, cpus=1, cores=os.cpu_count() or 1, shared=True)
+        spent = scenes.play(cluster, ["actors"], {"actors": {"count": ACTORS}})["actors"]["cpu_s"]
+        return (spent["gcs"] + spent["raylet"]) / ACTORS
+
+    actor = found["session"]["actor"]
+    warm, probe = simulated_s(0.0), 50e-6
+    return max(0.0, (actor["gcs"] + actor["raylet"] - warm) / (simulated_s(probe) - warm) * probe)
 
 
 def session(nodes: int, *arguments: str) -> dict[str, Any]:
@@ -232,27 +274,34 @@ def main() -> None:
     def note(text: str) -> None:
         print(text, file=sys.stderr, flush=True)
 
-    found: dict[str, Any] = {"lanes": lanes(), "links": links()}
+    found: dict[str, Any] = {"lanes": lanes(), "links": links(), "commit_s": committed()}
     note("lanes and links are measured")
-    one = [session(1, "--actors", "48", "--seconds", "1") for _ in range(3)]
+    one = [session(1, "--actors", str(ACTORS), "--seconds", "1") for _ in range(3)]
     note("one node is measured")
 
     def middle(row: str, kind: str) -> float:
         return statistics.median(rows[row]["cpu"].get(kind, 0.0) for rows in one)
 
-    starts = {nodes: session(nodes, "--only", "start") for nodes in (2, 4)}
-    cpu = {nodes: sum(rows["start"]["cpu"].values()) for nodes, rows in starts.items()}
+    starts = {nodes: [session(nodes, "--only", "start")["start"] for _ in range(3)] for nodes in (2, 4)}
+    cpu = {nodes: statistics.median(sum(row["cpu"].values()) for row in rows) for nodes, rows in starts.items()}
     object_cpu = session(2, "--only", "broadcast")["broadcast"]
+    deaths = [session(1, "--only", "death")["death"]["value"] for _ in range(5)]
+    everything = [*one, *({"start": row} for rows in starts.values() for row in rows)]
+    found["pace"] = statistics.median(row["pace"] for rows in everything for row in rows.values())
     found["session"] = {
+        "death_s": statistics.median(deaths),
         "task": {kind: middle("spread", kind) for kind in ("driver", "worker", "raylet", "gcs")},
         "actor": {kind: middle("actors", kind) for kind in ("driver", "worker", "fork_server", "raylet", "gcs")},
-        "start_s": {n: r["start"]["value"] * r["start"]["free"] for n, r in starts.items()},  # as if the machine were ours alone
+        # As if the machine were ours alone:
+        "start_s": {nodes: statistics.median(row["value"] * row["free"] for row in rows) for nodes, rows in starts.items()},
         "start_cpu_s": {1: sum(middle("start", kind) for kind in one[0]["start"]["cpu"]), **cpu},
         "object": object_cpu,
     }
     note("nodes are measured")
     events = states(tuple(map(int, arguments.sizes.split(","))), note)
-    found["costs"], found["prices"] = derived(found, events)
+    costs, prices = derived(found, events)
+    prices["cold_s"] = coldness(found, costs, prices)
+    found["costs"], found["prices"] = costs, prices
     print(json.dumps(found), flush=True)
     os._exit(0)
 

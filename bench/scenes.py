@@ -196,7 +196,9 @@ class Cluster:
         made = [
             driver.create_actor(max_restarts=-1, rest={"strategy": Strategy("SPREAD")}) for _ in range(count)
         ]
-        seconds = self.until_all(made, lambda one: (info := driver.actors[one]) is not None and info.state == ActorState.ALIVE)
+        for one in made:
+            driver.call_actor(one)
+        seconds = self.until(lambda: not driver.waiting and not driver.calls)
         self.made = made
         messages = self.simulator.gcs.events - load[0]
         found = self.since(load)
@@ -216,7 +218,7 @@ class Cluster:
         return {"value": seconds, "size": size}
 
     def recovery(self) -> dict[str, Any]:
-        """1 % of the nodes, at least one, die at once: until each actor that was there lives elsewhere."""
+        """1 % of the nodes, at least one, die at once: until each actor that was there has answered from elsewhere."""
         simulator, driver = self.simulator, self.driver
         dead = range(self.nodes - max(1, self.nodes // 100), self.nodes)
         ids = {simulator.raylets[node].raylet.node_id for node in dead}
@@ -230,7 +232,12 @@ class Cluster:
             return info is not None and info.state == ActorState.ALIVE and info.attempt > 0
 
         assert lost, "no actor was there"
-        seconds = self.until_all(lost, is_back)
+        begin = simulator.now
+        self.until_all(lost, is_back)
+        for one in lost:
+            driver.call_actor(one)
+        self.until(lambda: not driver.calls)
+        seconds = simulator.now - begin
         return {"value": seconds, "died": len(dead), "lost_actors": len(lost), **self.since(load)}
 
 

@@ -10,6 +10,7 @@ import argparse
 import contextlib
 import json
 import os
+import select
 import signal
 import statistics
 import sys
@@ -24,6 +25,7 @@ import psutil
 import hpc_ray as ray
 from hpc_ray import api
 from hpc_ray.ids import GCS_ADDRESS
+from hpc_ray.protocol import ReportResources, decode, encode
 from hpc_ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 
@@ -46,10 +48,23 @@ def kind_of(process: psutil.Process) -> str:
     return "link" if "launcher.rank" in line else "fork_server" if "launcher.node" in line else "launcher"
 
 
+def pace() -> float:
+    """Processor seconds of a piece of work that is always the same: how fast the machine is just now, for neighbours slow it down."""
+    report = ReportResources(3, 7, {"CPU": 20_000, "memory": 10**13}, {"CPU": 10_000, "memory": 10**13}, [])
+    found = []
+    for _ in range(5):
+        begin = time.thread_time()
+        kept = [decode(encode(report)) for _ in range(500)]
+        found.append(time.thread_time() - begin)
+        del kept
+    return statistics.median(found)
+
+
 class Phase:
     """Seconds, and processor time by kind of process, between ``with`` and its end."""
 
     def __enter__(self) -> Phase:
+        self.pace = pace()
         self.before = self._look()
         self.busy = self._machine()
         self.begin = time.perf_counter()
@@ -63,6 +78,7 @@ class Phase:
             self.cpu[kind] += spent - self.before.get(pid, (kind, 0.0))[1]
         cores = os.cpu_count() or 1
         others = max(0.0, busy - self.busy - sum(self.cpu.values()))
+        self.pace = (self.pace + pace()) / 2
         self.free = max(0.1, 1 - others / (cores * self.seconds))  # of the machine, to whoever measures
 
     def _look(self) -> dict[int, tuple[str, float]]:
@@ -79,8 +95,8 @@ class Phase:
         ticks = [int(word) for word in Path("/proc/stat").read_text().splitlines()[0].split()[1:]]
         return (sum(ticks) - ticks[3] - ticks[4]) / os.sysconf("SC_CLK_TCK")
 
-    def told(self) -> dict:
-        return {"seconds": self.seconds, "free": self.free, "cpu": dict(self.cpu)}
+    def told(self) -> dict[str, float]:
+        return {"free": self.free, "pace": self.pace}
 
 
 def nothing() -> None:
@@ -95,8 +111,14 @@ class Submitter:
         here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
         self.task = ray.remote(num_cpus=1)(nothing).options(scheduling_strategy=here)
 
-    def submit(self, count: int) -> None:
-        ray.get([self.task.remote() for _ in range(count)])
+    def submit(self, count: int, seconds: float) -> tuple[int, float]:
+        """Again and again so many, for so long: how many, and in what time."""
+        done, begin, passed = 0, time.perf_counter(), 0.0
+        while passed <= seconds:
+            ray.get([self.task.remote() for _ in range(count)])
+            done += count
+            passed = time.perf_counter() - begin
+        return done, passed
 
     def size_of(self, value: object) -> int:
         return len(value)  # type: ignore[arg-type]
@@ -135,19 +157,20 @@ def repeat(once: Callable[[], int], seconds: float) -> dict:
             rates.append(count / (time.perf_counter() - begin))
             done += count
     cpu = {kind: spent / done for kind, spent in phase.cpu.items()}
-    return {"value": statistics.median(rates), "free": phase.free, "cpu": cpu, "done": done}
+    return {"value": statistics.median(rates), "cpu": cpu, "done": done, **phase.told()}
 
 
 def local_tasks(rows: dict, submitters: list, tasks: int, seconds: float) -> None:
     each = max(20, tasks // len(submitters))
-    ray.get([one.submit.remote(each) for one in submitters])  # how long it runs is known then
-    def once() -> int:
-        ray.get([one.submit.remote(each) for one in submitters])
-        return each * len(submitters)
-
+    ray.get([one.submit.remote(each, 0.0) for one in submitters])  # how long it runs is known then
     before = sum(events().values())
-    rows["local"] = {"each": each, **repeat(once, seconds)}
-    rows["local"]["gcs_messages_per_task"] = (sum(events().values()) - before - 1) / rows["local"].pop("done")
+    with Phase() as phase:
+        found = ray.get([one.submit.remote(each, seconds) for one in submitters])
+    gained = sum(events().values()) - before - 1
+    done = sum(count for count, _ in found)
+    cpu = {kind: spent / done for kind, spent in phase.cpu.items()}
+    rate = sum(count / passed for count, passed in found)
+    rows["local"] = {"each": each, "value": rate, "cpu": cpu, "gcs_messages_per_task": gained / done, **phase.told()}
 
 
 def spread_tasks(rows: dict, tasks: int, seconds: float) -> None:
@@ -171,34 +194,35 @@ def create_actors(rows: dict, count: int, rounds: int) -> None:
             ray.get([actor.ready.remote() for actor in actors])
         after = events()
         gained = sum(after.values()) - sum(before.values())
-        found.append((count / phase.seconds, phase.free, gained / count, gained / phase.seconds, phase))
+        found.append((count / phase.seconds, gained / count, gained / phase.seconds, phase))
         for actor in actors:
             ray.kill(actor)
     found.sort(key=lambda one: one[0])
-    rate, free, each, per_s, phase = found[len(found) // 2]
+    rate, each, per_s, phase = found[len(found) // 2]
     rows["actors"] = {
         "value": rate,
         "count": count,
-        "free": free,
         "gcs_messages_per_actor": each,
         "gcs_messages_per_s": per_s,
         "gcs_core": phase.cpu["gcs"] / phase.seconds,
         "cpu": {kind: spent / count for kind, spent in phase.cpu.items()},
+        **phase.told(),
     }
 
 
 def broadcast(rows: dict, submitters: list, size: int, rounds: int) -> None:
     found = []
+    ray.get([one.size_of.remote(np.zeros(1)) for one in submitters])  # who has imported numpy
     for number in range(rounds):
         value = ray.put(np.full(size, number, dtype=np.uint8))
         with Phase() as phase:
             assert set(ray.get([one.size_of.remote(value) for one in submitters])) == {size}
-        found.append((phase.seconds, phase.free, phase))
+        found.append((phase.seconds, phase))
         del value
         time.sleep(0.3)
     found.sort(key=lambda one: one[0])
-    seconds, free, phase = found[len(found) // 2]
-    rows["broadcast"] = {"value": seconds, "size": size, "free": free, "cpu": dict(phase.cpu)}
+    seconds, phase = found[len(found) // 2]
+    rows["broadcast"] = {"value": seconds, "size": size, "cpu": dict(phase.cpu), **phase.told()}
 
 
 @ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=-1)
@@ -219,7 +243,22 @@ def recover(rows: dict, submitters: list, nodes: list) -> None:
         ray.get(survivor.where.remote())
         while ray.get(survivor.where.remote()) == victim:  # it answered before it knew that it was dead
             pass
-    rows["recovery"] = {"value": phase.seconds, "free": phase.free, "cpu": dict(phase.cpu)}
+    rows["recovery"] = {"value": phase.seconds, "cpu": dict(phase.cpu), **phase.told()}
+
+
+def die(rows: dict, submitters: list) -> None:
+    """The node is killed: until its processes have ended, which is what its link waits for. The session is over then."""
+    victim = ray.get(submitters[0].fork_server.remote())
+    settle()
+    ended, left = select.epoll(), 0
+    for pid in [victim, *(child.pid for child in psutil.Process(victim).children())]:
+        ended.register(os.pidfd_open(pid), select.EPOLLIN | select.EPOLLONESHOT)
+        left += 1
+    with Phase() as phase:
+        os.kill(victim, signal.SIGKILL)
+        while left:
+            left -= len(ended.poll())
+    rows["death"] = {"value": phase.seconds, "cpu": dict(phase.cpu), **phase.told()}
 
 
 def main() -> None:
@@ -228,11 +267,11 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=1.5)
     parser.add_argument("--tasks", type=int, default=4000)
     parser.add_argument("--actors", type=int, default=32)
-    parser.add_argument("--rounds", type=int, default=0, help="of what is no rate; default: two for each second")
+    parser.add_argument("--rounds", type=int, default=0, help="of what is no rate; default: two for each second, at least three")
     parser.add_argument("--size", type=int, default=64 << 20)
     parser.add_argument("--only", default="local,spread,actors,broadcast,recovery", help="rows besides the start")
     arguments = parser.parse_args()
-    arguments.rounds = arguments.rounds or max(1, round(2 * arguments.seconds))
+    arguments.rounds = arguments.rounds or max(3, round(2 * arguments.seconds))
     rows: dict = {}
     options = {"num_cpus": 1, "include_dashboard": False, "log_to_driver": False, "object_store_memory": 6 * arguments.size}
     with Phase() as phase:
@@ -241,7 +280,7 @@ def main() -> None:
         else:
             ray.init(address="local", num_nodes=arguments.nodes, **options)
         ray.get(ray.remote(nothing).remote())
-    rows["start"] = {"value": phase.seconds, "free": phase.free, "cpu": dict(phase.cpu)}
+    rows["start"] = {"value": phase.seconds, "cpu": dict(phase.cpu), **phase.told()}
     nodes = [node["NodeID"] for node in ray.nodes()]
     at = [NodeAffinitySchedulingStrategy(node, soft=False) for node in nodes]
     submitters = [Submitter.options(scheduling_strategy=one).remote() for one in at]
@@ -262,6 +301,8 @@ def main() -> None:
         recover(rows, submitters, nodes)
     if "broadcast" in rows and "recovery" in rows:  # which is too short for the system's clock ticks
         rows["recovery"]["free"] = rows["broadcast"]["free"]
+    if "death" in wanted:
+        die(rows, submitters)
     print(json.dumps({"nodes": arguments.nodes, "rows": rows}), flush=True)
     ray.shutdown()
 

@@ -61,8 +61,13 @@ class Link(Process):
             self._arrived.clear()
         found = bool(self.inbox)
         seconds = super().take_turn()
-        spins = self.simulator.shared and not found and self.simulator.now - self._quiet_since < SPIN_S
-        return max(seconds, LOOKS_S) if spins else seconds
+        return seconds if found else max(seconds, LOOKS_S)
+
+    @property
+    def is_restless(self) -> bool:
+        """It looks without a pause, which takes a core from others where they share one. Giving way each time helps them little: the
+        kernel gives it back soon."""
+        return self.simulator.shared and self.simulator.now - self._quiet_since < SPIN_S
 
     def end_turn(self) -> None:
         super().end_turn()
@@ -105,15 +110,9 @@ class Link(Process):
 
     def rest(self) -> None:
         """Nothing to do: the next look at MPI, where looking takes cores from others."""
-        quiet = self.simulator.now - self._quiet_since
         self._looks += 1
-        self._watching = self.simulator.shared and quiet < LIVELY_S
-        if not self._watching:
-            return
-        if quiet < SPIN_S:  # without a pause, but it lets everybody else have the core first
-            self.awake = True
-            self.host.add(self)
-        else:
+        self._watching = self.simulator.shared and self.simulator.now - self._quiet_since < LIVELY_S
+        if self._watching:
             number = self._looks
             self.simulator.after(FIRST_PARK_S, lambda: self._look(number))
 

@@ -14,23 +14,29 @@ if TYPE_CHECKING:
     from hpc_ray.simulator.cluster import Simulator
 
 
-SLICE_S = 3e-3  # other programs have a core for so long at a time
+OTHERS_S = 3e-3  # other programs have a core for so long at a time
+SLICE_S = 1e-3  # and ours while others wait
+FORGOTTEN_S = 1e-3  # after so much work of others on each core nothing of a process is left in the caches
 
 
 class Host:
-    """Cores; of those that are ready who has had least gets the next free one, as the kernel has it, for as long as what it found in
-    its queue takes. Of each core other programs have all but the share ``ours``."""
+    """Cores. Of the processes that are ready who has had least gets the next free one, as the kernel has it, until it has nothing to do
+    or has had it for a slice. Of each core other programs have all but the share ``ours``."""
 
     def __init__(self, simulator: Simulator, cores: int, ours: float):
+        assert simulator.prices is not None
         self.simulator = simulator
         self.free = cores
         self.ready: list[tuple[float, int, Process]] = []  # heap, by what they have had
+        self._cold_s = simulator.prices.cold_s
+        self._forgotten_s = FORGOTTEN_S * cores
+        self._ran_s = 0.0  # all of them
         self._had_s = 0.0  # by who got a core last: who has slept does not make up for it
         self._order = itertools.count()
-        self._away_s = SLICE_S * ours / (1 - ours) if ours < 1 else 0.0
+        self._away_s = OTHERS_S * ours / (1 - ours) if ours < 1 else 0.0
         self._others = 0  # that want a core
         for _ in range(cores if ours < 1 else 0):
-            simulator.after(simulator.random.random() * (SLICE_S + self._away_s), self._other_comes)
+            simulator.after(simulator.random.random() * (OTHERS_S + self._away_s), self._other_comes)
 
     def _other_comes(self) -> None:
         self._others += 1
@@ -43,33 +49,51 @@ class Host:
 
     def add(self, process: Process) -> None:
         process.had_s = max(process.had_s, self._had_s)
-        heapq.heappush(self.ready, (process.had_s, next(self._order), process))
+        self._wait(process)
         self.dispatch()
+
+    def _wait(self, process: Process) -> None:
+        heapq.heappush(self.ready, (process.had_s, next(self._order), process))
 
     def dispatch(self) -> None:
         while self.free and self._others:
             self._others -= 1
             self.free -= 1
-            self.simulator.after(SLICE_S, self._other_goes)
+            self.simulator.after(OTHERS_S, self._other_goes)
         while self.free and self.ready:
             had_s, _, process = heapq.heappop(self.ready)
             self._had_s = max(self._had_s, had_s)
             if process.alive:
                 self.free -= 1
-                seconds = process.take_turn()
-                process.had_s += seconds
-                process.busy_s += seconds
-                self.simulator.after(seconds, lambda process=process: self._end(process))  # type: ignore[misc]
+                process.slice_s = 0.0
+                self._run(process, self._cold_s * min(1.0, (self._ran_s - process.saw_s) / self._forgotten_s))
 
-    def _end(self, process: Process) -> None:
-        self.free += 1
+    def _run(self, process: Process, cold_s: float) -> None:
+        if not process.left_s:
+            process.left_s = process.take_turn()
+        seconds = min(process.left_s, SLICE_S)
+        process.left_s -= seconds
+        seconds += cold_s
+        process.had_s += seconds
+        process.busy_s += seconds
+        process.slice_s += seconds
+        self.simulator.after(seconds, lambda: self._end(process, seconds))
+
+    def _end(self, process: Process, seconds: float) -> None:
+        self._ran_s += seconds
+        process.saw_s = self._ran_s
         if process.alive:
-            process.end_turn()
-            if process.inbox:
-                heapq.heappush(self.ready, (process.had_s, next(self._order), process))
-            else:
+            if not process.left_s:
+                process.end_turn()
+            if not process.left_s and not process.inbox and not process.is_restless:
                 process.awake = False
                 process.rest()
+            elif process.slice_s < SLICE_S and not self._others:
+                self._run(process, 0.0)
+                return
+            else:
+                self._wait(process)
+        self.free += 1
         self.dispatch()
 
 
@@ -85,6 +109,9 @@ class Process:
         self.alive = True
         self.busy_s = 0.0
         self.had_s = 0.0  # of its host's cores, since everybody has had as much
+        self.left_s = 0.0  # of its turn
+        self.slice_s = 0.0  # it has had its core for so long now
+        self.saw_s = 0.0  # what its host's processes had run when it last did
         simulator.processes[address] = self
         if simulator.prices is not None:
             self.host = simulator.host_of(node_of(address))
@@ -139,6 +166,11 @@ class Process:
         outbox, self.outbox = self.outbox, []
         for destination, message in outbox:
             self.simulator.post(self.address, destination, message)
+
+    @property
+    def is_restless(self) -> bool:
+        """It goes on though its queue is empty."""
+        return False
 
     def rest(self) -> None:
         """Its queue is empty."""

@@ -15,6 +15,7 @@ from hpc_ray.protocol import (
     ActorInitFailed,
     ActorReady,
     ActorSpec,
+    ActorState,
     ActorUpdate,
     Answer,
     CreateActor,
@@ -45,6 +46,7 @@ from hpc_ray.protocol import (
     Shape,
     Shutdown,
     Strategy,
+    SubscribeActor,
     TaskReply,
     TerminateActor,
     Welcome,
@@ -105,7 +107,7 @@ class Owner:
         self.most_units = 16
         self._unfinished = 0
         self._on_idle = on_idle
-        self._minter = IdMinter(process.address, job_id)
+        self.minter = IdMinter(process.address, job_id)
         self._pending: dict[bytes, deque[Task]] = {}
         self._units: dict[int, Units] = {}
         self._leases: dict[LeaseKey, HeldLease] = {}
@@ -214,7 +216,7 @@ class Owner:
 
     def _push(self, key: LeaseKey, lease: HeldLease, task: Task) -> None:
         task.attempts += 1
-        task_id = self._minter.task_id()
+        task_id = self.minter.task_id()
         lease.tasks[task_id] = task
         self._lease_of[task_id] = key
         self.process.simulator.running[task_id] = task
@@ -364,6 +366,8 @@ class Driver(Process):
         self.answers: dict[int, Any] = {}
         self.asked: set[int] = set()
         self.pulled: dict[bytes, Any] = {}
+        self.waiting: set[bytes] = set()  # actors that are called once they live
+        self.calls: set[bytes] = set()  # tasks
         self.groups: list[bytes] = []
         self._on_job = on_job
         self._numbers = itertools.count(1)
@@ -377,7 +381,13 @@ class Driver(Process):
             if self._on_job is not None:
                 self._on_job(self)
         elif isinstance(message, ActorUpdate):
-            self.actors[message.info.actor_id] = message.info
+            info = self.actors[message.info.actor_id] = message.info
+            if info.actor_id in self.waiting and info.state == ActorState.ALIVE:
+                self.waiting.discard(info.actor_id)
+                self._call(info)
+        elif isinstance(message, TaskReply) and message.task_id in self.calls:
+            self.simulator.running.pop(message.task_id, None)
+            self.calls.discard(message.task_id)
         elif isinstance(message, (Answer, ActorCreated)):
             self.asked.discard(message.request_id)
             self.answers[message.request_id] = message
@@ -419,7 +429,23 @@ class Driver(Process):
         self.asked.add(number)
         self.actors[actor_id] = None
         self.send(GCS_ADDRESS, CreateActor(number, spec))
+        self.send(GCS_ADDRESS, SubscribeActor(actor_id))
         return actor_id
+
+    def call_actor(self, actor_id: bytes) -> None:
+        """A method that does nothing."""
+        info = self.actors[actor_id]
+        if info is None or info.state != ActorState.ALIVE:
+            self.waiting.add(actor_id)
+        else:
+            self._call(info)
+
+    def _call(self, info: ActorInfo) -> None:
+        assert self.owner is not None
+        task_id = self.owner.minter.task_id()
+        self.calls.add(task_id)
+        self.simulator.running[task_id] = Task(self.shape({}), 0.0)
+        self.send(info.address, PushTask(task_id, 1, b"", "call", b"", [], 1))
 
     def kill_actor(self, actor_id: bytes, *, no_restart: bool = True) -> None:
         self.send(GCS_ADDRESS, KillActor(actor_id, no_restart))

@@ -123,6 +123,8 @@ class Gcs(Role):
     def do(self, action: Action) -> None:
         assert isinstance(action, Journal), action
         self.journal.commit([action])
+        if self.simulator.prices is not None:
+            self._spent += self.simulator.prices.commit_s
 
 
 class Raylet(Role):

@@ -2,6 +2,7 @@
 
 from collections import Counter
 
+import msgspec
 import pytest
 
 from hpc_ray.ids import raylet_address
@@ -94,16 +95,29 @@ def test_nodes_that_share_a_host_share_its_cores():
     assert 2.5 < rates[0] / rates[1] < 3.7  # apart an owner's 15 µs count, together all 23 on half a core for each node
 
 
-def test_a_process_gets_its_cores_in_turn():
+def test_processes_share_cores_and_who_wants_little_does_not_wait_for_those_who_want_much():
     simulator = cluster(1, cores=2)
     ended = []
     begin = simulator.now
-    for number in range(4):
+    for seconds in (1.0, 1.0, 1.0, 0.5, 0.01):
         one = Process(simulator, simulator.next_address(0))
-        one.end_turn = lambda number=number: ended.append((number, round(simulator.now - begin, 2)))
-        simulator.work(one, 1.0, lambda: None)
+        one.end_turn = lambda seconds=seconds: ended.append((seconds, round(simulator.now - begin, 1)))
+        simulator.work(one, seconds, lambda: None)
     simulator.run(until=begin + 3)
-    assert ended == [(0, 1.0), (1, 1.0), (2, 2.0), (3, 2.0)]
+    assert ended == [(0.01, 0.0), (0.5, 1.0), (1.0, 1.8), (1.0, 1.8), (1.0, 1.8)]
+
+
+def test_what_others_do_in_between_makes_a_process_slower():
+    def busy(cold_s, others_s):
+        simulator = cluster(1, cores=1, prices=msgspec.structs.replace(PRICES, cold_s=cold_s))
+        one, other = (Process(simulator, simulator.next_address(0)) for _ in range(2))
+        for process, seconds in ((one, 1e-4), (other, others_s), (one, 1e-4)):
+            simulator.work(process, seconds, lambda: None)
+            simulator.run(until=simulator.now + 0.1)
+        return one.busy_s
+
+    assert busy(5e-5, 0.0) < busy(5e-5, 2e-4) < busy(5e-5, 2e-3) == busy(5e-5, 4e-3)
+    assert busy(0.0, 4e-3) == busy(0.0, 0.0)
 
 
 def views_sent(simulator):
