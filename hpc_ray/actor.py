@@ -10,10 +10,10 @@ from typing import Any, cast
 from hpc_ray import packing, serialize
 from hpc_ray.client import context
 from hpc_ray.client.actors import ActorLink
+from hpc_ray.client.calls import Function, Task, Template
 from hpc_ray.client.client import Client
 from hpc_ray.client.refs import ObjectRef
 from hpc_ray.client.streams import code_of
-from hpc_ray.client.tasks import Function, Task, Template
 from hpc_ray.dag.class_node import ClassNode, bind_method
 from hpc_ray.exceptions import ActorAlreadyExistsError, ActorHandleNotFoundError
 from hpc_ray.ids import GCS_ADDRESS, ActorID

@@ -10,9 +10,9 @@ from typing import Any
 
 from hpc_ray import packing, serialize
 from hpc_ray.client import context
+from hpc_ray.client.calls import Function, Template
 from hpc_ray.client.client import Client
 from hpc_ray.client.streams import code_of
-from hpc_ray.client.tasks import Function, Template
 from hpc_ray.dag.function_node import FunctionNode
 from hpc_ray.options import amounts, check_task, gang_of, led_by_one, shape_of
 from hpc_ray.protocol import Gang

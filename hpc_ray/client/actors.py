@@ -18,10 +18,10 @@ from collections import deque
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+from hpc_ray.client.calls import CallPacker, Task, Template
 from hpc_ray.client.objects import FREED, Entry, State
 from hpc_ray.client.records import now_ns
 from hpc_ray.client.refs import ObjectRef
-from hpc_ray.client.tasks import CallPacker, Task, Template
 from hpc_ray.exceptions import (
     ActorDiedError,
     ActorUnavailableError,

@@ -25,11 +25,12 @@ from hpc_ray import exceptions, serialize
 from hpc_ray._core import ArenaFull, Lane, Segment, Store
 from hpc_ray.client import refs
 from hpc_ray.client.actors import ActorSubmitter
+from hpc_ray.client.calls import CallPacker, Function
 from hpc_ray.client.interrupts import AGAIN_S, Interrupts
 from hpc_ray.client.objects import ARENA, ERROR, FREED, INLINE, READY, Entry, ObjectTable
 from hpc_ray.client.records import Records
 from hpc_ray.client.refs import ObjectRef, new_reference
-from hpc_ray.client.tasks import CallPacker, Function, TaskSubmitter
+from hpc_ray.client.tasks import TaskSubmitter
 from hpc_ray.config import NodeConfig
 from hpc_ray.exceptions import GetTimeoutError, LocalRayletDiedError, ObjectStoreFullError, RayError, RaySystemError, RayTaskError
 from hpc_ray.ids import RAYLET_LANE, IdMinter, lane_of, node_of, raylet_address

@@ -37,9 +37,9 @@ from hpc_ray.protocol import (
 from hpc_ray.serialize import loads
 
 if TYPE_CHECKING:
+    from hpc_ray.client.calls import Task, Template
     from hpc_ray.client.client import Client
     from hpc_ray.client.objects import Entry
-    from hpc_ray.client.tasks import Task, Template
 
 LONGEST_ERROR = 4096  # bytes of a pickled error that is kept as it is; of a larger one the text is kept, so much of it
 _ERROR = int(ResultKind.ERROR)

@@ -20,8 +20,8 @@ from hpc_ray.protocol import ItemsConsumed, Result, ResultKind
 from hpc_ray.serialize import serialize
 
 if TYPE_CHECKING:
+    from hpc_ray.client.calls import Task
     from hpc_ray.client.client import Client
-    from hpc_ray.client.tasks import Task
 
 STREAMING, DYNAMIC = -1, -2  # PushTask.num_returns
 _LIFE = 0xFFFF_FFFF  # object index of what the generator's own life hangs on

@@ -32,12 +32,12 @@ import msgspec
 
 from hpc_ray import serialize
 from hpc_ray.client import context
+from hpc_ray.client.calls import Function, Task, Template
 from hpc_ray.client.client import Waiter
 from hpc_ray.client.objects import ERROR
 from hpc_ray.client.records import now_ns
 from hpc_ray.client.refs import ObjectRef
 from hpc_ray.client.rooms import Instances, Room
-from hpc_ray.client.tasks import Function, Task, Template
 from hpc_ray.exceptions import AsyncioActorExit, GangError, LaunchError, MPIError, RayError, TaskCancelledError
 from hpc_ray.ids import GCS_ADDRESS, TaskID
 from hpc_ray.launcher import session, steps
