@@ -237,7 +237,7 @@ void Store::write(u64 handle, u64 offset, const void* source, u64 bytes) {
         while (to != end) {
             u64 part = u64(end - to);
             if (!known) {
-                part = std::min(part, kHugeBatch - u64(to - segment_->base()) % kHugeBatch);
+                part = std::min(part, kHugePage - u64(to - segment_->base()) % kHugePage);
                 make_huge(to, to + part, end);
                 populate(to, to + part);
             }

@@ -122,8 +122,8 @@ class Store {
     // tables once more costs a fifth of the copy. A hint: pages that trim has taken come back one by one.
     static constexpr u64 kPopulated = 65536;
     std::unique_ptr<atomic<bool>, void (*)(void*)> populated_;
-    static constexpr u64 kHugeBatch = 8u << 20;
-    atomic<u32> huge_failures_{0};  // in a row
+    static constexpr u64 kHugeBatch = 8u << 20;  // made huge at once, up to a multiple of it
+    atomic<u32> huge_failures_{0};               // in a row
 };
 
 }  // namespace hpc
