@@ -286,8 +286,6 @@ def main() -> None:
     cpu = {nodes: statistics.median(sum(row["cpu"].values()) for row in rows) for nodes, rows in starts.items()}
     object_cpu = session(2, "--only", "broadcast")["broadcast"]
     deaths = [session(1, "--only", "death")["death"]["value"] for _ in range(5)]
-    everything = [*one, *({"start": row} for rows in starts.values() for row in rows)]
-    found["pace"] = statistics.median(row["pace"] for rows in everything for row in rows.values())
     found["session"] = {
         "death_s": statistics.median(deaths),
         "task": {kind: middle("spread", kind) for kind in ("driver", "worker", "raylet", "gcs")},

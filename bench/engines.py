@@ -6,6 +6,7 @@ An environment is a folder ``build/bench/NAME``. hpc_ray is installed there from
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 import sys
@@ -13,7 +14,7 @@ import venv
 from collections.abc import Mapping
 from pathlib import Path
 from types import MappingProxyType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 ROOT = Path(__file__).resolve().parents[1]
 HERE = ROOT / "bench"
@@ -67,6 +68,30 @@ def environment(name: str, python: Path) -> dict[str, str]:
     kept = {key: value for key, value in os.environ.items() if not key.startswith(("RAY_", "HPC_RAY_", "PYTHON"))}
     path = f"{python.parent}{os.pathsep}{kept.get('PATH', '')}"
     return {**kept, **COMMON, **ENGINES[name].environment, "PATH": path}
+
+
+def run_script(name: str, python: Path, script: str, *arguments: str, limit_s: float = 900) -> dict[str, Any]:
+    """What a script of this folder printed as its last line, JSON.
+
+    Raises:
+        RuntimeError: it failed; with its last words.
+    """
+    process = subprocess.Popen(
+        [str(python), str(HERE / script), *arguments],
+        env=environment(name, python), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
+    )  # fmt: skip
+    try:
+        told, errors = process.communicate(timeout=limit_s)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, 9)
+        process.communicate()
+        raise RuntimeError(f"{script} {' '.join(arguments)} took more than {limit_s:.0f} s") from None
+    lines = [text for text in told.splitlines() if text.startswith("{")]
+    if process.returncode or not lines:
+        words = [text for text in errors.splitlines() if text.strip()]
+        raise RuntimeError(f"{script} {' '.join(arguments)} failed: {words[-1] if words else process.returncode}")
+    found: dict[str, Any] = json.loads(lines[-1])
+    return found
 
 
 def build(name: str) -> None:

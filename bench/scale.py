@@ -13,9 +13,7 @@ from __future__ import annotations
 import argparse
 import datetime as dt
 import json
-import os
 import statistics
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -26,7 +24,6 @@ from rich.table import Table
 from bench import engines
 from bench.core import RESULTS, machine, named_pythons, short
 
-HERE = Path(__file__).parent
 ROWS = {  # scene and its key: title, unit
     ("start", "value"): ("time to start", "s"),
     ("local", "value"): ("tasks, each node its own", "/s"),
@@ -57,28 +54,7 @@ class Here:
         self.console, self.python = console, python
 
     def run(self, script: str, *arguments: str, limit_s: float = 900) -> dict[str, Any]:
-        """What it printed.
-
-        Raises:
-            RuntimeError: it failed; with its last words.
-        """
-        line = [str(self.python), str(HERE / script), *arguments]
-        environment = engines.environment("hpc_ray", self.python)
-        process = subprocess.Popen(
-            line, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
-        )
-        try:
-            told, errors = process.communicate(timeout=limit_s)
-        except subprocess.TimeoutExpired:
-            os.killpg(process.pid, 9)
-            process.communicate()
-            raise RuntimeError(f"{script} {' '.join(arguments)} took more than {limit_s:.0f} s") from None
-        lines = [text for text in told.splitlines() if text.startswith("{")]
-        if process.returncode or not lines:
-            words = [text for text in errors.splitlines() if text.strip()]
-            raise RuntimeError(f"{script} {' '.join(arguments)} failed: {words[-1] if words else process.returncode}")
-        found: dict[str, Any] = json.loads(lines[-1])
-        return found
+        return engines.run_script("hpc_ray", self.python, script, *arguments, limit_s=limit_s)
 
     def say(self, text: str) -> None:
         self.console.print(text, style="dim", markup=False, highlight=False)
@@ -91,9 +67,8 @@ class Here:
         return found
 
     def check(self, costs: Path, sizes: list[int], rounds: int, seconds: float) -> dict[str, Any]:
-        """Real runs, and predictions for what the machine had left for them and for how fast it was, in turn."""
+        """Real runs, and predictions for what the machine had left for them, in turn."""
         found: dict[str, Any] = {}
-        pace = json.loads(costs.read_text())["pace"]
         for nodes in sizes:
             runs = []
             for _ in range(rounds):
@@ -107,7 +82,6 @@ class Here:
                 if not values:
                     continue
                 free = statistics.median(value[1] for value in values)
-                slower = statistics.median(value[2]["pace"] for value in values) / pace
                 said = {key: values[0][2][key] for key in ("each", "tasks", "count", "size") if key in values[0][2]}
                 options = {"shared": True, "cpus": 1, "cores": machine()["cores"], "ours": round(min(free, 0.98), 3)}
                 scenes = f"{row},actors" if row == "recovery" else row
@@ -118,7 +92,6 @@ class Here:
                     "--arguments", json.dumps({of: said} if said else {}),
                 )["rows"][row]  # fmt: skip
                 measured = statistics.median(value[0] for value in values)
-                predicted["value"] *= slower if ROWS[row, "value"][1] == "s" else 1 / slower
                 rows[row] = {
                     "measured": measured,
                     "all_measured": [value[0] for value in values],
@@ -126,10 +99,9 @@ class Here:
                     "measured_cpu_s": values[0][2]["cpu"],  # for each task or actor, where there are such
                     "predicted_cpu_s": predicted["cpu_s"],
                     "free": free,
-                    "slower": slower,
                     "error": predicted["value"] / measured - 1,
                 }
-                free_text = f"{free:.0%} of a machine that was {slower:.2f} times as slow"
+                free_text = f"{free:.0%} of the machine"
                 self.say(f"  {nodes} virtual nodes, {row}: measured {measured:.4g}, predicted {predicted['value']:.4g}, {free_text}")
             found[str(nodes)] = rows
         return found

@@ -25,7 +25,6 @@ import psutil
 import hpc_ray as ray
 from hpc_ray import api
 from hpc_ray.ids import GCS_ADDRESS
-from hpc_ray.protocol import ReportResources, decode, encode
 from hpc_ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 
@@ -48,23 +47,10 @@ def kind_of(process: psutil.Process) -> str:
     return "link" if "launcher.rank" in line else "fork_server" if "launcher.node" in line else "launcher"
 
 
-def pace() -> float:
-    """Processor seconds of a piece of work that is always the same: how fast the machine is just now, for neighbours slow it down."""
-    report = ReportResources(3, 7, {"CPU": 20_000, "memory": 10**13}, {"CPU": 10_000, "memory": 10**13}, [])
-    found = []
-    for _ in range(5):
-        begin = time.thread_time()
-        kept = [decode(encode(report)) for _ in range(500)]
-        found.append(time.thread_time() - begin)
-        del kept
-    return statistics.median(found)
-
-
 class Phase:
     """Seconds, and processor time by kind of process, between ``with`` and its end."""
 
     def __enter__(self) -> Phase:
-        self.pace = pace()
         self.before = self._look()
         self.busy = self._machine()
         self.begin = time.perf_counter()
@@ -78,7 +64,6 @@ class Phase:
             self.cpu[kind] += spent - self.before.get(pid, (kind, 0.0))[1]
         cores = os.cpu_count() or 1
         others = max(0.0, busy - self.busy - sum(self.cpu.values()))
-        self.pace = (self.pace + pace()) / 2
         self.free = max(0.1, 1 - others / (cores * self.seconds))  # of the machine, to whoever measures
 
     def _look(self) -> dict[int, tuple[str, float]]:
@@ -94,9 +79,6 @@ class Phase:
         """Processor time that all programs have had, and what a hypervisor has kept."""
         ticks = [int(word) for word in Path("/proc/stat").read_text().splitlines()[0].split()[1:]]
         return (sum(ticks) - ticks[3] - ticks[4]) / os.sysconf("SC_CLK_TCK")
-
-    def told(self) -> dict[str, float]:
-        return {"free": self.free, "pace": self.pace}
 
 
 def nothing() -> None:
@@ -157,7 +139,7 @@ def repeat(once: Callable[[], int], seconds: float) -> dict:
             rates.append(count / (time.perf_counter() - begin))
             done += count
     cpu = {kind: spent / done for kind, spent in phase.cpu.items()}
-    return {"value": statistics.median(rates), "cpu": cpu, "done": done, **phase.told()}
+    return {"value": statistics.median(rates), "cpu": cpu, "done": done, "free": phase.free}
 
 
 def local_tasks(rows: dict, submitters: list, tasks: int, seconds: float) -> None:
@@ -170,7 +152,7 @@ def local_tasks(rows: dict, submitters: list, tasks: int, seconds: float) -> Non
     done = sum(count for count, _ in found)
     cpu = {kind: spent / done for kind, spent in phase.cpu.items()}
     rate = sum(count / passed for count, passed in found)
-    rows["local"] = {"each": each, "value": rate, "cpu": cpu, "gcs_messages_per_task": gained / done, **phase.told()}
+    rows["local"] = {"each": each, "value": rate, "cpu": cpu, "gcs_messages_per_task": gained / done, "free": phase.free}
 
 
 def spread_tasks(rows: dict, tasks: int, seconds: float) -> None:
@@ -206,7 +188,7 @@ def create_actors(rows: dict, count: int, rounds: int) -> None:
         "gcs_messages_per_s": per_s,
         "gcs_core": phase.cpu["gcs"] / phase.seconds,
         "cpu": {kind: spent / count for kind, spent in phase.cpu.items()},
-        **phase.told(),
+        "free": phase.free,
     }
 
 
@@ -222,7 +204,7 @@ def broadcast(rows: dict, submitters: list, size: int, rounds: int) -> None:
         time.sleep(0.3)
     found.sort(key=lambda one: one[0])
     seconds, phase = found[len(found) // 2]
-    rows["broadcast"] = {"value": seconds, "size": size, "cpu": dict(phase.cpu), **phase.told()}
+    rows["broadcast"] = {"value": seconds, "size": size, "cpu": dict(phase.cpu), "free": phase.free}
 
 
 @ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=-1)
@@ -243,7 +225,7 @@ def recover(rows: dict, submitters: list, nodes: list) -> None:
         ray.get(survivor.where.remote())
         while ray.get(survivor.where.remote()) == victim:  # it answered before it knew that it was dead
             pass
-    rows["recovery"] = {"value": phase.seconds, "cpu": dict(phase.cpu), **phase.told()}
+    rows["recovery"] = {"value": phase.seconds, "cpu": dict(phase.cpu), "free": phase.free}
 
 
 def die(rows: dict, submitters: list) -> None:
@@ -258,7 +240,7 @@ def die(rows: dict, submitters: list) -> None:
         os.kill(victim, signal.SIGKILL)
         while left:
             left -= len(ended.poll())
-    rows["death"] = {"value": phase.seconds, "cpu": dict(phase.cpu), **phase.told()}
+    rows["death"] = {"value": phase.seconds, "cpu": dict(phase.cpu), "free": phase.free}
 
 
 def main() -> None:
@@ -280,7 +262,7 @@ def main() -> None:
         else:
             ray.init(address="local", num_nodes=arguments.nodes, **options)
         ray.get(ray.remote(nothing).remote())
-    rows["start"] = {"value": phase.seconds, "cpu": dict(phase.cpu), **phase.told()}
+    rows["start"] = {"value": phase.seconds, "cpu": dict(phase.cpu), "free": phase.free}
     nodes = [node["NodeID"] for node in ray.nodes()]
     at = [NodeAffinitySchedulingStrategy(node, soft=False) for node in nodes]
     submitters = [Submitter.options(scheduling_strategy=one).remote() for one in at]

@@ -66,3 +66,12 @@ def test_scale_predicts_and_checks(tmp_path):
     assert set(report["checked"]["2"]) == {"start", "local", "spread", "actors", "broadcast", "recovery"}
     assert "nodes die" in (tmp_path / "found.txt").read_text()
     assert (tmp_path / "found.png").stat().st_size > 10_000
+
+
+def test_bare_compares_with_the_machine_itself(tmp_path):
+    found = bench(tmp_path, "--rounds", "1", "--turns", "1", "--mib", "16", runner="bare")
+    assert found.returncode == 0, found.stdout + found.stderr
+    parts = json.loads((tmp_path / "found.json").read_text())["parts"]
+    assert set(parts) == {"compute", "put", "send"}
+    assert all(len(row["ours"]) == len(row["bare"]) == 1 and row["share"] > 0 for row in parts.values())
+    assert "16 MiB to another virtual node" in (tmp_path / "found.txt").read_text()
