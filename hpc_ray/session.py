@@ -110,7 +110,8 @@ def init(
 
     Args:
         address: None starts a cluster, or joins the one that the launcher (``mpirun``, ``srun``, ``hpc-ray run``) made for
-            this program; "auto" joins a running one of this user; otherwise the name of a session.
+            this program; "auto" joins a running one of this user (the launcher's, in a program of Ray's under ``hpc-ray run
+            --as-ray``); otherwise the name of a session.
         num_cpus, num_gpus, resources, labels, object_store_memory (bytes): of the node; what is not given is discovered. In a
             launched world they are of this process's node, and the other nodes have none of the resources that are given
             here: leave them out, or give them to the launcher, to use all nodes. The store's size is
@@ -192,6 +193,13 @@ def init(
             "labels": labels,
             "object_store_memory": object_store_memory,
         }
+        if address == "auto" and local.is_launched():
+            if as_ray.VARIABLE not in os.environ:
+                raise ConnectionError(
+                    'this program was launched with a cluster of its own: call init() without an address. address="auto" joins one that '
+                    "somebody else has started, which HPC_RAY_ADDRESS may name here"
+                )
+            address = None  # a program of Ray's, as it is: it means the cluster that it was launched with
         if address is None or address == "local":
             attachment = local.start_cluster(num_nodes=num_nodes, settings=settings, build=__version__, **given)
         else:

@@ -46,6 +46,11 @@ def attach(address: str | None = "auto", *, build: str = "") -> Attachment:
     return connect(wanted, min(nodes), build=build)
 
 
+def is_launched() -> bool:
+    """Whether this program's launcher makes a cluster for it, which it has not joined yet, and HPC_RAY_ADDRESS names no other."""
+    return world.is_driver() and not os.environ.get(session.ADDRESS_VARIABLE)
+
+
 OPTIONS_VARIABLE = "HPC_RAY_NODE_OPTIONS"  # JSON of amounts that ``hpc-ray run`` was given; ``init``'s own win
 
 

@@ -372,6 +372,25 @@ print([first, second], len(ray.nodes()))
     assert done.stdout.strip() == "['1 3.0\\n', '1 3.0\\n'] 2", done
 
 
+def test_auto_is_the_launched_cluster_for_programs_of_ray_alone(tmp_path):
+    """Always, and not only when that is up before the program asks. Others may say init() without an address."""
+    ours, theirs = tmp_path / "ours.py", tmp_path / "theirs.py"
+    ours.write_text("""
+import hpc_ray
+try:
+    hpc_ray.init(address="auto")
+except ConnectionError as error:
+    print("without an address" in str(error), hpc_ray.is_initialized())
+hpc_ray.init()
+print(len(hpc_ray.nodes()))
+""")
+    theirs.write_text("import ray; ray.init(address='auto'); print(len(ray.nodes()))")
+    done = finished([*HPC_RAY, "run", "-q", "-n", "2", "--nodes", "2", str(ours)])
+    assert done.stdout.splitlines() == ["True False", "2"], done
+    done = finished([*HPC_RAY, "run", "-q", "-n", "2", "--nodes", "2", "--as-ray", str(theirs)])
+    assert done.stdout.splitlines() == ["2"], done
+
+
 def test_the_script_ends_well(script):
     done = finished([*HPC_RAY, "run", "-q", "-n", "2", script("")], input="\n")
     assert done.returncode == 0 and "session_" not in done.stderr, done.stderr
