@@ -96,11 +96,12 @@ def test_gangs_over_hosts(how, hosts):
     hosts.await_nothing_left()
 
 
-def test_the_solver_on_three_hosts(hosts):
+@pytest.mark.parametrize("more", [[], ["--survive-nodes"]], ids=["MPI", "TCP"])
+def test_the_solver_on_three_hosts(more, hosts):
     """The example, whose answer is checked against a serial solver."""
     solver = Path(__file__).parents[2] / "examples" / "parallel_solver.py"
     where = ["--hosts", ",".join(NAMES), "--agent", hosts.tool("agent")]
-    done = hosts.run(1, "hpc-ray", "run", *where, solver, "--ranks", 6, "--ranks-per-node", 2)
+    done = hosts.run(1, "hpc-ray", "run", *more, *where, solver, "--ranks", 6, "--ranks-per-node", 2)
     assert done.returncode == 0, (done.stdout, done.stderr)
     assert done.stdout.count("on 6 ranks") == done.stdout.count("the same as in one piece: True") == 2, done.stdout
     hosts.await_nothing_left()
