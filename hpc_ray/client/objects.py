@@ -239,12 +239,7 @@ class ObjectTable:
         if entry.owned:
             if entry.state < READY:  # its task still runs; set_result comes back here
                 return
-            if entry.task is None and entry.places is None and entry.on_free is None and not entry.lineage:  # ``free`` in short
-                del self.entries[entry.id]
-                entry.state = FREED
-                entry.result = None
-            else:
-                self.free(entry)
+            self.free(entry)
         else:
             if entry.waiters:
                 return

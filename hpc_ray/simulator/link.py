@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 from hpc_ray.ids import LINK_LANE, address_of, node_of
 from hpc_ray.protocol import TransferDone, TransferObject
 from hpc_ray.simulator.process import Process
+from hpc_ray.transport.bells import QUIET_S
 
 if TYPE_CHECKING:
     from hpc_ray.simulator.cluster import Simulator
@@ -15,7 +16,6 @@ if TYPE_CHECKING:
 
 
 SPIN_S, FIRST_PARK_S, LIVELY_S = 500e-6, 50e-6, 2e-3  # as launcher.link's
-QUIET_S = 1e-3  # as transport.bells'
 LOOKS_S = 10e-6  # while it looks without a pause: so many looks are one turn
 
 

@@ -77,7 +77,7 @@ class Results:
                 f"Task {task.name} returned {more} than num_returns={count} objects ({len(values)}): "
                 "the number of values and num_returns must agree"
             )
-        pack, plain_value, most = self.pack, serialize.plain_value, self.client.settings.inline_bytes
+        pack, plain_value, most = self.pack, serialize.plain_value, self.client.settings.inline_bytes  # as ``pack``, in short
         results = []
         for i, item in enumerate(values):
             plain = plain_value(item)
