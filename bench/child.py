@@ -1,4 +1,4 @@
-"""The runner's side of a measurement: one engine in a process of its own, which measures what it is told to and is idle else."""
+"""The runner's side of a measurement: one engine in a process of its own, which measures what it is told to and is stopped else."""
 
 from __future__ import annotations
 
@@ -58,11 +58,10 @@ class Child:
         return self._process.pid
 
     def _signal(self, number: signal.Signals) -> None:
-        """Stop or continue all processes of an engine whose processes poll when they have nothing to do."""
-        if engines.ENGINES[self.name].under_mpi:
-            for process in reversed([psutil.Process(self.pid), *psutil.Process(self.pid).children(recursive=True)]):
-                with contextlib.suppress(psutil.NoSuchProcess):
-                    process.send_signal(number)
+        """Stop or continue all processes of the engine, so that while it waits it takes nothing from the others."""
+        for process in reversed([psutil.Process(self.pid), *psutil.Process(self.pid).children(recursive=True)]):
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.send_signal(number)
 
     def _read(self) -> None:
         assert self._process.stdout is not None
