@@ -404,10 +404,11 @@ class LeaseGranted(Message, tag=12):
 
 
 class LeaseRedirected(Message, tag=13):
-    """raylet → owner: ask that node instead, for one unit."""
+    """raylet → owner: ask that node instead, for so many units."""
 
     request_id: int
     node: int
+    count: int = 1
 
 
 class LeaseRefused(Message, tag=14):

@@ -91,6 +91,18 @@ class Lease:
         self.stealing = False
 
 
+class LeaseRequest:
+    """Workers that one raylet was asked for."""
+
+    __slots__ = ("count", "id", "node", "redirected")
+
+    def __init__(self, request_id: int, node: int, redirected: bool):
+        self.id = request_id
+        self.node = node
+        self.redirected = redirected  # by another raylet
+        self.count = 0  # not answered
+
+
 class Scheduler:
     """The queue and the leases of one shape."""
 
@@ -103,7 +115,8 @@ class Scheduler:
         self.idle: dict[Lease, None] = {}
         self.open: dict[Lease, None] = {}  # busy, with room for more
         self.single: dict[Lease, None] = {}  # busy with one task that takes a while
-        self.requests: dict[int, list[int]] = {}  # request id → [raylet's node, count still wanted]
+        self.requests: dict[int, LeaseRequest] = {}  # by their ids; at most two for each node
+        self.asked = 0  # units of all of them
         self.ahead_ns = int(self.client.settings.pipeline_s * 1e9)
         self.contended_until = 0.0
         self.asked_at = 0.0  # or granted: since then the requests wait
@@ -211,43 +224,47 @@ class Scheduler:
     # -------------------------------------------------------------- leases
 
     def request(self) -> None:
-        """See that enough workers are asked for; told again only when the wish has doubled."""
-        wanted = len(self.queue)
-        for request_id, request in self.requests.items():
-            if request[0] == self.client.node:
-                more = wanted - request[1]
-                if more >= request[1]:
-                    request[1] = wanted
-                    self.client.send(self.client.raylet, RequestLease(request_id, self.shape, more))
-                return
-        self.ask(self.client.node, wanted, False)
+        """See that enough workers are asked for, here or wherever that was sent on to; told again only when the wish has doubled."""
+        more = len(self.queue) - self.asked
+        if more > 0 and more >= self.asked:
+            self.ask(self.client.node, more, False)
 
     def ask(self, node: int, count: int, redirected: bool) -> None:
-        request_id = self.client.next_request()
-        self.requests[request_id] = [node, count]
-        self.asked_at = self.client.now()
-        self.submitter.by_request[request_id] = self
-        self.client.send(raylet_address(node), RequestLease(request_id, self.shape, count, redirected))
+        """For so many (more) workers."""
+        for request in self.requests.values():
+            if request.node == node and request.redirected == redirected:
+                break
+        else:
+            request = LeaseRequest(self.client.next_request(), node, redirected)
+            self.requests[request.id] = request
+            self.submitter.by_request[request.id] = self
+            self.asked_at = self.client.now()
+        request.count += count
+        self.asked += count
+        self.client.send(raylet_address(node), RequestLease(request.id, self.shape, count, redirected))
 
     def withdraw(self) -> None:
         """No more workers are wanted."""
-        for request_id, (node, _) in list(self.requests.items()):
-            self.forget(request_id)
-            self.client.send(raylet_address(node), ResizeLeaseRequest(request_id, 0))
+        for request in list(self.requests.values()):
+            self.forget(request.id)
+            self.client.send(raylet_address(request.node), ResizeLeaseRequest(request.id, 0))
 
-    def one_answered(self, request_id: int) -> None:
+    def answered(self, request_id: int, count: int = 1) -> None:
         request = self.requests.get(request_id)
         if request is not None:
-            request[1] -= 1
-            if request[1] <= 0:
+            request.count -= count
+            self.asked -= count
+            if request.count <= 0:
                 self.forget(request_id)
 
     def forget(self, request_id: int) -> None:
-        self.requests.pop(request_id, None)
+        request = self.requests.pop(request_id, None)
+        if request is not None:
+            self.asked -= request.count
         self.submitter.by_request.pop(request_id, None)
 
     def on_granted(self, source: int, message: LeaseGranted) -> None:
-        self.one_answered(message.request_id)
+        self.answered(message.request_id)
         self.asked_at = self.client.now()
         lease = Lease(self, source, message, self.asked_at)
         key = (node_of(source), lease.id)
@@ -420,8 +437,11 @@ class TaskSubmitter:
     def on_lease_redirected(self, source: int, message: LeaseRedirected) -> None:
         scheduler = self.by_request.get(message.request_id)
         if scheduler is not None:
-            scheduler.one_answered(message.request_id)
-            scheduler.ask(message.node, 1, True)
+            scheduler.answered(message.request_id, message.count)
+            if message.node in self.client.dead_nodes:  # who sent us there had not heard
+                scheduler.pump()
+            else:
+                scheduler.ask(message.node, message.count, True)
 
     def on_lease_refused(self, source: int, message: LeaseRefused) -> None:
         scheduler = self.by_request.get(message.request_id)
@@ -496,7 +516,7 @@ class TaskSubmitter:
                 self.lease_lost(lease, text)
         for request_id, scheduler in list(self.by_request.items()):
             request = scheduler.requests.get(request_id)
-            if request is not None and request[0] == node:
+            if request is not None and request.node == node:
                 scheduler.forget(request_id)
                 scheduler.pump()
 

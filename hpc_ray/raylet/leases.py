@@ -251,6 +251,13 @@ class Leases(Part):
 
     def _serve(self, queue: Queue) -> int:
         """Answer units of one queue until it is stuck; how many of them only want a worker."""
+        sent_on: dict[tuple[int, int, int], int] = {}  # owner, request id, node → units
+        units = self._serve_units(queue, sent_on)
+        for (owner, request_id, node), count in sent_on.items():
+            self.send(owner, LeaseRedirected(request_id, node, count))
+        return units
+
+    def _serve_units(self, queue: Queue, sent_on: dict[tuple[int, int, int], int]) -> int:
         while (request := queue.head()) is not None:
             node = self._place(queue, request)
             if node == _WAIT:
@@ -271,7 +278,8 @@ class Leases(Part):
                 self.waiting_actors.pop(request.actor.actor_id, None)
                 self.send(GCS_ADDRESS, ActorRejected(request.actor.actor_id, request.attempt))
             else:
-                self.send(request.owner, LeaseRedirected(request.request_id, node))
+                key = request.owner, request.request_id, node
+                sent_on[key] = sent_on.get(key, 0) + 1
             queue.served(request)
             if request.count <= 0:
                 del self.requests[request.owner, request.request_id]

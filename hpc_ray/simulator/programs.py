@@ -149,12 +149,12 @@ class Owner:
         elif isinstance(message, LeaseGranted):
             self._granted(source, message)
         elif isinstance(message, LeaseRedirected):
-            units = self._answered(message.request_id)
+            units = self._answered(message.request_id, message.count)
             if units is not None:
                 if message.node in self._dead_nodes:
                     self._ask(units.shape)
                 else:
-                    self._request(message.node, units.shape, 1, True)
+                    self._request(message.node, units.shape, message.count, True)
         elif isinstance(message, LeaseRefused):
             gone = self._units.pop(message.request_id, None)
             if gone is not None:
@@ -173,10 +173,10 @@ class Owner:
             return False
         return True
 
-    def _answered(self, number: int) -> Units | None:
+    def _answered(self, number: int, count: int = 1) -> Units | None:
         units = self._units.get(number)
         if units is not None:
-            units.count -= 1
+            units.count -= count
             if units.count <= 0:
                 del self._units[number]
         return units

@@ -381,7 +381,7 @@ def test_spillback_to_a_node_with_room():
     node.lease()
     node.see(1, 4)
     node.tell(p.RequestLease(2, shape(), 2), ME)
-    assert [m.node for m in node.take(p.LeaseRedirected)] == [1, 1]
+    assert [(m.node, m.count) for m in node.take(p.LeaseRedirected)] == [(1, 2)]
 
 
 def test_redirected_requests_stay():
@@ -404,7 +404,7 @@ def test_redirected_requests_move_once_they_have_waited():
     node.see(1, 4, free=2)
     assert node.take(p.LeaseRedirected) == []
     node.pass_time(0.3)
-    assert [m.node for m in node.take(p.LeaseRedirected, OTHER)] == [1, 1]
+    assert [(m.node, m.count) for m in node.take(p.LeaseRedirected, OTHER)] == [(1, 2)]
     node.see(1, 4, free=0)
     node.pass_time(1)
     assert node.take(p.LeaseRedirected) == []
