@@ -376,9 +376,12 @@ class Client:
     def dispatch(self, batch: list[tuple[int, bytes]]) -> None:
         """Handle messages. Under ``drain``."""
         batch.reverse()
+        objects = self.objects
         with self.lock:
+            objects.gather_deletions()
             self._batch = batch
             self._handle(batch)
+            objects.send_deletions()
 
     def _handle(self, batch: list[tuple[int, bytes]]) -> None:
         """From the last to the first; a handler may take out some of those that follow."""
@@ -540,14 +543,16 @@ class Client:
             self._releasing = True
             objects = self.objects
             with self.lock:
+                objects.gather_deletions()
                 while released:
                     try:
                         entry: Entry = released.popleft()
                     except IndexError:  # the session is over
-                        return
+                        break
                     entry.count -= 1
                     if entry.count <= 0:
                         objects.drop_if_unused(entry)
+                objects.send_deletions()
 
     def _on_welcome(self, source: int, message: Welcome) -> None:
         self.welcome = message
@@ -908,11 +913,13 @@ class Client:
                 raise value
             return value, loans
         here = self.node
-        for node, handle in dependency.places:
-            if node == here:
-                pin = self.files.read(handle)
-                if pin is not None:
-                    return self.load_with_loans(pin)
+        handles = [handle for node, handle in dependency.places if node == here]
+        if not handles and (brought := self.objects.brought.get(dependency.object_id)):
+            handles.append(brought)
+        for handle in handles:
+            pin = self.files.read(handle)
+            if pin is not None:
+                return self.load_with_loans(pin)
         with self.lock:  # on another node: borrow it, on the caller's loan, and wait for a copy
             entry = self.objects.meet(dependency.object_id)
             entry.count += 1

@@ -44,6 +44,8 @@ from hpc_ray.serialize import Serialized, dumps
 if TYPE_CHECKING:
     from hpc_ray.client.client import Client
 
+_BROUGHT = 1000  # objects whose copies on this node are remembered
+
 INLINE, ARENA, ERROR = int(ResultKind.INLINE), int(ResultKind.ARENA), int(ResultKind.ERROR)
 
 
@@ -110,6 +112,8 @@ class ObjectTable:
         self.borrowed: dict[bytes, Entry] = {}  # entries of other owners
         self.unacknowledged: dict[bytes, list[Entry]] = {}  # borrowed id → entries kept until BorrowerAdded
         self.flushing: list[tuple[set[bytes], Callable[[], None]]] = []
+        self.brought: dict[bytes, int] = {}  # the latest objects that the raylet has brought here: handles, perhaps of what is gone
+        self.doomed: dict[int, list[int]] | None = None  # while ``gather_deletions``: node → handles
         client.handlers.update(
             {
                 GetObject: self.on_get_object,
@@ -277,8 +281,21 @@ class ObjectTable:
         """``brought``: the node's raylet has fetched it from elsewhere, and keeps a record of it."""
         if node == node_of(self.client.address) and not brought:
             self.client.files.delete(handle)
+        elif self.doomed is not None:
+            self.doomed.setdefault(node, []).append(handle)
         else:
             self.client.send(raylet_address(node), DeleteCopies([handle]))
+
+    def gather_deletions(self) -> None:
+        """From here on until ``send_deletions``, within one hold of the lock, one message for each node."""
+        if self.doomed is None:
+            self.doomed = {}
+
+    def send_deletions(self) -> None:
+        doomed, self.doomed = self.doomed, None
+        if doomed:
+            for node, handles in doomed.items():
+                self.client.send(raylet_address(node), DeleteCopies(handles))
 
     def free_now(self, entry: Entry) -> None:
         """Drop the value though references exist; their ``get`` raises ObjectFreedError."""
@@ -400,12 +417,14 @@ class ObjectTable:
             self.delete_copy(node_of(source), message.handle)
 
     def on_add_place(self, source: int, message: AddPlace) -> None:
-        entry = self.entries.get(message.object_id)
-        place = [message.node, message.handle]
+        self.add_place(self.entries.get(message.object_id), message.node, message.handle)
+
+    def add_place(self, entry: Entry | None, node: int, handle: int) -> None:
+        """An owned object has been brought to a node."""
         if entry is None or entry.places is None:  # freed meanwhile
-            self.delete_copy(message.node, message.handle, brought=True)
-        elif place not in entry.places:
-            entry.places.append(place)
+            self.delete_copy(node, handle, brought=True)
+        elif [node, handle] not in entry.places:
+            entry.places.append([node, handle])
 
     # -------------------------------------------------------------- copies on this node
 
@@ -427,13 +446,23 @@ class ObjectTable:
 
     def on_object_local(self, source: int, message: ObjectLocal) -> None:
         entry = self.entries.get(message.object_id)
-        if entry is None or entry.result is None:
-            return
-        entry.pulling = False
-        place = [node_of(self.client.address), message.handle]
-        if entry.places is not None and place not in entry.places:
-            entry.places.append(place)
-        self.client.pulled(entry)
+        here = node_of(self.client.address)
+        if owner_of(message.object_id) == self.client.address:
+            self.add_place(entry, here, message.handle)
+        else:
+            self.remember_brought(message.object_id, message.handle)
+            if entry is not None and entry.places is not None and [here, message.handle] not in entry.places:
+                entry.places.append([here, message.handle])
+        if entry is not None and entry.result is not None:
+            entry.pulling = False
+            self.client.pulled(entry)
+
+    def remember_brought(self, object_id: bytes, handle: int) -> None:
+        """For those who get the same reference again, without any hold in between."""
+        brought = self.brought
+        brought[object_id] = handle
+        if len(brought) > _BROUGHT:
+            del brought[next(iter(brought))]
 
     def on_pull_failed(self, source: int, message: PullFailed) -> None:
         entry = self.entries.get(message.object_id)

@@ -39,7 +39,7 @@ from hpc_ray.raylet.events import (
 )
 from hpc_ray.raylet.part import Part
 
-ALONE_BYTES = 1 << 20  # objects up to this size are fetched without asking
+ALONE_BYTES = 4 << 20  # objects up to this size are fetched without asking: that takes as long as moving a quarter of it
 LINES = 2  # at one alone, a slow receiver would hold up all others
 ROOM_TRIES = 3  # others may take the room that was made; then its bytes go to a file
 
@@ -271,7 +271,9 @@ class Copies(Part):
             handle, pull.handle = pull.handle, 0
             self.copies[pull.object_id] = handle
             self.copy_of[handle] = pull.object_id
-            self.send(owner_of(pull.object_id), AddPlace(pull.object_id, self.node, handle))
+            owner = owner_of(pull.object_id)
+            if owner not in pull.askers:  # else its answer says so
+                self.send(owner, AddPlace(pull.object_id, self.node, handle))
             self._succeed(pull, handle)
             return
         self._let_go(pull, 0)
