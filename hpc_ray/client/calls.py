@@ -388,6 +388,11 @@ class CallPacker:
             one.submitter.start_again(one)
         return ""
 
+    def let_go(self) -> None:
+        """The session is over (see ``objects.Entry``)."""
+        for task in self.lineage.values():
+            task.returns = task.dependencies = ()
+
     def forget(self, task: Task) -> None:
         if self.lineage.pop(task.id, None) is not None:
             self.lineage_bytes -= task.record_bytes

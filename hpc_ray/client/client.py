@@ -271,6 +271,8 @@ class Client:
     def let_go(self) -> None:
         """After ``close``: references, handles and functions that stay must not keep the node's memory mapped."""
         self.lane = self.store = self.files = self.segment = _Closed()  # type: ignore[assignment]
+        self.packer.let_go()
+        self.objects.let_go()
 
     def fail(self, error: BaseException) -> None:
         """The node is gone: every wait, now and later, raises this (CLIENT-3)."""

@@ -20,6 +20,8 @@ import enum
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any
 
+import msgspec
+
 from hpc_ray.client.refs import ObjectRef
 from hpc_ray.exceptions import ObjectFreedError, ObjectLostError, ObjectReconstructionFailedError, OwnerDiedError
 from hpc_ray.ids import PUT_INDEX, index_of, node_of, owner_of, raylet_address
@@ -61,41 +63,25 @@ class State(enum.IntEnum):
 UNKNOWN, PENDING, READY, FREED = State.UNKNOWN, State.PENDING, State.READY, State.FREED
 
 
-class Entry:
-    """One object as this process knows it."""
+class Entry(msgspec.Struct, eq=False, gc=False):
+    """One object as this process knows it. Made for each call, so it is made fast, and unknown to Python's collector: it sees no cycle
+    through an entry, so each ends where its reason ends (``waiters`` by the result, ``task`` by ``result_gone``), at the latest in
+    ``ObjectTable.let_go``."""
 
-    __slots__ = (
-        "added",
-        "borrowers",
-        "contained",
-        "count",
-        "id",
-        "lineage",
-        "on_free",
-        "owned",
-        "places",
-        "pulling",
-        "result",
-        "state",
-        "task",
-        "waiters",
-    )
-
-    def __init__(self, object_id: bytes, owned: bool, state: State, task: Any = None, count: int = 0):
-        self.id = object_id
-        self.owned = owned
-        self.state = state
-        self.count = count  # holds in this process: references, tasks, containers
-        self.result: Result | None = None  # READY
-        self.places: list[list[int]] | None = None  # READY in an ARENA: [[node, handle], …]
-        self.waiters: list[Callable[[Entry], None]] | None = None  # not READY: called once, with it, under the lock
-        self.borrowers: dict[int, int] | None = None  # owned: address → additions less removals
-        self.added = 0  # borrowed: additions made in this process's name
-        self.contained: list[Entry] | None = None  # held as long as this entry is
-        self.task = task  # owned: what makes it (pending), or could make it again (OBJ-5)
-        self.lineage = 0  # owned: finished tasks that may run again, and then need it
-        self.on_free: Callable[[], None] | None = None  # owned: called when the last hold is gone
-        self.pulling = False  # the raylet was asked for a copy here
+    id: bytes
+    owned: bool
+    state: State
+    task: Any = None  # owned: what makes it (pending), or could make it again (OBJ-5)
+    count: int = 0  # holds in this process: references, tasks, containers
+    result: Result | None = None  # READY
+    places: list[list[int]] | None = None  # READY in an ARENA: [[node, handle], …]
+    waiters: list[Callable[[Entry], None]] | None = None  # not READY: called once, with it, under the lock
+    borrowers: dict[int, int] | None = None  # owned: address → additions less removals
+    added: int = 0  # borrowed: additions made in this process's name
+    contained: list[Entry] | None = None  # held as long as this entry is
+    lineage: int = 0  # owned: finished tasks that may run again, and then need it
+    on_free: Callable[[], None] | None = None  # owned: called when the last hold is gone
+    pulling: bool = False  # the raylet was asked for a copy here
 
     def __repr__(self) -> str:
         return f"<Entry {self.id.hex()} {self.state.name} count={self.count}>"
@@ -128,6 +114,11 @@ class ObjectTable:
                 PullFailed: self.on_pull_failed,
             }
         )
+
+    def let_go(self) -> None:
+        """The session is over: nothing hangs on an entry any more."""
+        for entry in self.entries.values():
+            entry.task = entry.waiters = entry.contained = entry.on_free = None
 
     # -------------------------------------------------------------- making entries
 

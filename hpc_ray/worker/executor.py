@@ -135,10 +135,10 @@ class Executor:
         if type(item) is PushTask:
             for dependency in item.dependencies:
                 result = dependency.result
-                if result.kind == ARENA and all(place[0] != client.node for place in dependency.places):
-                    if dependency.object_id not in client.objects.brought:
-                        client.objects.remember_brought(dependency.object_id, 0)  # asked for
-                        client.send(client.raylet, PullObject(dependency.object_id, result.size, dependency.places))
+                elsewhere = result.kind == ARENA and all(place[0] != client.node for place in dependency.places)
+                if elsewhere and dependency.object_id not in client.objects.brought:
+                    client.objects.remember_brought(dependency.object_id, 0)  # asked for
+                    client.send(client.raylet, PullObject(dependency.object_id, result.size, dependency.places))
 
     def on_use_lease(self, source: int, message: UseLease) -> None:
         self.leases = {message.lease_id: message}  # a worker has one lease at a time
