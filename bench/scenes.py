@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import argparse
 import functools
+import itertools
 import json
 import os
 import time
@@ -17,11 +18,21 @@ import msgspec
 
 from hpc_ray.config import Settings
 from hpc_ray.ids import IdMinter, raylet_address
-from hpc_ray.protocol import ActorState, ObjectLocal, PullFailed, PullObject, Strategy
+from hpc_ray.protocol import (
+    ActorState,
+    LeaseGranted,
+    ObjectLocal,
+    PullFailed,
+    PullObject,
+    RequestLease,
+    ReturnLease,
+    Shape,
+    Strategy,
+)
 from hpc_ray.simulator.cluster import Simulator
 from hpc_ray.simulator.costs import Costs, Prices
 from hpc_ray.simulator.process import Process
-from hpc_ray.simulator.programs import Driver, Task
+from hpc_ray.simulator.programs import Driver
 
 LOCAL_NODES = 64  # nodes whose programs run, where there are more: they do not meet
 ACTORS = 10_000  # at most so many are made
@@ -42,6 +53,24 @@ class Reader(Process):
 
     def pull(self, object_id: bytes, size: int, places: list[list[int]]) -> None:
         self.send(raylet_address(self.node), PullObject(object_id, size, places))
+
+
+class Holder(Process):
+    """Has one worker of its node after the other, for a while each; of the driver's job, so that it needs no program of its own."""
+
+    def __init__(self, simulator: Simulator, node: int):
+        super().__init__(simulator, simulator.next_address(node))
+        self.node = node
+        self.seconds = 0.0
+        self._numbers = itertools.count(1)
+
+    def hold(self, shape: Shape, seconds: float) -> None:
+        self.seconds = seconds
+        self.send(raylet_address(self.node), RequestLease(next(self._numbers), shape, 1))
+
+    def receive(self, source: int, message: Any) -> None:
+        if isinstance(message, LeaseGranted):
+            self.simulator.after(self.seconds, lambda: self.send(source, ReturnLease(message.lease_id)))
 
 
 class Cluster:
@@ -135,7 +164,7 @@ class Cluster:
         simulator = self.simulator
         some = min(self.nodes, LOCAL_NODES)
         drivers = [simulator.add_driver(node) for node in range(some)]
-        self.until(lambda: all(driver.owner is not None for driver in drivers))
+        self.until_all(drivers, lambda driver: driver.owner is not None)
         for driver in drivers:
             driver.owner.most_units = 1 << 30  # type: ignore[union-attr]
         before = dict(simulator.gcs.gcs.counts)
@@ -160,20 +189,17 @@ class Cluster:
         simulator = self.simulator
         settings = simulator.settings
         interval = max(settings.report_interval_s, simulator.raylets[0].raylet.report_interval)
-        drivers = [simulator.add_driver(node) for node in range(self.nodes)]
-        self.until(lambda: all(driver.owner is not None for driver in drivers))
+        holders = [Holder(simulator, node) for node in range(self.nodes)]
         load = self.load()
-        for node, driver in enumerate(drivers):
+        for node, holder in enumerate(holders):
             here = Strategy("NODE", simulator.raylets[node].raylet.node_id, False)
-            shape = driver.shape({"CPU": 1}, strategy=here)
+            shape = self.driver.shape({"CPU": 1}, strategy=here)
             for number in range(rounds):
                 when = (2 * number + simulator.random.random()) * interval
-                simulator.after(when, functools.partial(driver.owner.submit, Task(shape, interval)))  # type: ignore[union-attr]
+                simulator.after(when, functools.partial(holder.hold, shape, interval))
         self.wait(2 * rounds * interval)
         found = self.since(load)
-        for driver in drivers:
-            driver.finish()
-        self.wait(0.5)
+        self.wait(interval + 0.5)
         return {"value": found["gcs_messages_per_s"], **found}
 
     def spread(self, tasks: int = 4000) -> dict[str, Any]:

@@ -33,6 +33,8 @@ from hpc_ray.simulator.process import Host, Process
 from hpc_ray.simulator.programs import Driver, Task, Worker
 from hpc_ray.simulator.roles import Gcs, Raylet
 
+_SIZES = 1000  # messages whose size is remembered
+
 
 class Simulator:
     """Time, the network, and who lives.
@@ -73,7 +75,7 @@ class Simulator:
         self.stopwatch = stopwatch
         self._cores, self._ours = cores, ours
         self._hosts: dict[int, Host] = {}
-        self._sized: tuple[Any, int] = (None, 0)
+        self._sizes: dict[int, tuple[Any, int]] = {}  # the latest messages' by their id(); one may go to thousands
         self._busy_lines: dict[tuple[int, bool], float] = {}
         assert prices is not None or aware >= len(nodes), "who forgets the others must at least pay for the news of them"
         self.random = random.Random(seed)
@@ -176,9 +178,13 @@ class Simulator:
         process.do_later(self._receive_price(message), lambda: self._deliver(source, destination, message))
 
     def size_of(self, message: Any) -> int:
-        if self._sized[0] is not message:
-            self._sized = (message, len(encode(message)))
-        return self._sized[1]
+        sizes = self._sizes
+        found = sizes.get(id(message))
+        if found is None:
+            found = sizes[id(message)] = message, len(encode(message))
+            if len(sizes) > _SIZES:
+                del sizes[next(iter(sizes))]
+        return found[1]
 
     def _receive_price(self, message: Any) -> float:
         prices = self.prices
