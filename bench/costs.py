@@ -226,7 +226,7 @@ def derived(found: dict[str, Any], events: Any) -> tuple[dict[str, float], dict[
         "boot_s": boot_s,
         "fork_s": actor["fork_server"],
         "worker_start_s": 0.9 * actor["worker"],
-        "detect_s": measured["death_s"],  # its link waits for that
+        "detect_s": measured["death"]["value"],
     }
     prices = {
         **{key: lane[key] for key in ("turn_s", "receive_s", "receive_byte_s", "encode_s", "encode_byte_s", "send_s", "send_byte_s")},
@@ -241,6 +241,7 @@ def derived(found: dict[str, Any], events: Any) -> tuple[dict[str, float], dict[
         "task_s": task["worker"],
         "create_s": actor["driver"],
         "actor_s": 0.1 * actor["worker"],
+        "exit_s": (measured["death"]["all_s"] - measured["death"]["value"]) * cores / measured["death"]["others"],
         "events": events,
     }
     return costs, prices
@@ -285,9 +286,9 @@ def main() -> None:
     starts = {nodes: [session(nodes, "--only", "start")["start"] for _ in range(3)] for nodes in (2, 4)}
     cpu = {nodes: statistics.median(sum(row["cpu"].values()) for row in rows) for nodes, rows in starts.items()}
     object_cpu = session(2, "--only", "broadcast")["broadcast"]
-    deaths = [session(1, "--only", "death")["death"]["value"] for _ in range(5)]
+    deaths = [session(1, "--only", "death")["death"] for _ in range(5)]
     found["session"] = {
-        "death_s": statistics.median(deaths),
+        "death": {key: statistics.median(death[key] for death in deaths) for key in ("value", "all_s", "others")},
         "task": {kind: middle("spread", kind) for kind in ("driver", "worker", "raylet", "gcs")},
         "actor": {kind: middle("actors", kind) for kind in ("driver", "worker", "fork_server", "raylet", "gcs")},
         # As if the machine were ours alone:

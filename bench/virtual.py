@@ -220,27 +220,34 @@ def recover(rows: dict, submitters: list, nodes: list) -> None:
     victim = ray.get(submitters[-1].fork_server.remote())
     assert ray.get(survivor.where.remote()) == victim
     settle()
+    ended = select.poll()
+    ended.register(os.pidfd_open(victim), select.POLLIN)
     with Phase() as phase:
         os.kill(victim, signal.SIGKILL)
-        ray.get(survivor.where.remote())
+        ended.poll()
         while ray.get(survivor.where.remote()) == victim:  # it answered before it knew that it was dead
             pass
     rows["recovery"] = {"value": phase.seconds, "cpu": dict(phase.cpu), "free": phase.free}
 
 
 def die(rows: dict, submitters: list) -> None:
-    """The node is killed: until its processes have ended, which is what its link waits for. The session is over then."""
+    """The node is killed: until its fork server has ended, which is what its link waits for, and until the others have, which end with
+    it. The session is over then."""
     victim = ray.get(submitters[0].fork_server.remote())
     settle()
-    ended, left = select.epoll(), 0
-    for pid in [victim, *(child.pid for child in psutil.Process(victim).children())]:
-        ended.register(os.pidfd_open(pid), select.EPOLLIN | select.EPOLLONESHOT)
-        left += 1
+    pids = [victim, *(child.pid for child in psutil.Process(victim).children())]
+    ended, left, first, seen_s = select.epoll(), set(), -1, 0.0
+    for pid in pids:
+        left.add(file := os.pidfd_open(pid))
+        ended.register(file, select.EPOLLIN | select.EPOLLONESHOT)
+        first = file if pid == victim else first
     with Phase() as phase:
         os.kill(victim, signal.SIGKILL)
         while left:
-            left -= len(ended.poll())
-    rows["death"] = {"value": phase.seconds, "cpu": dict(phase.cpu), "free": phase.free}
+            left -= {file for file, _ in ended.poll()}
+            if not seen_s and first not in left:
+                seen_s = time.perf_counter() - phase.begin
+    rows["death"] = {"value": seen_s, "all_s": phase.seconds, "others": len(pids) - 1, "cpu": dict(phase.cpu), "free": phase.free}
 
 
 def main() -> None:

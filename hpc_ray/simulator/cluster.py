@@ -287,21 +287,36 @@ class Simulator:
         self.at(at, lambda: self.post(address_of(process.node, FORK_SERVER_LANE, 1), raylet, event))
 
     def kill_node(self, node: int) -> None:
-        """The host is gone, with all that it had; the GCS hears of it a little later."""
+        """The host is gone, with all that it had; the GCS hears of it a little later. Or the node is, where all are on one host: then
+        its link lives, and tells the others."""
         assert node != 0, "the head node is the session"
-        raylet = self.raylets[node]
+        raylet, link = self.raylets[node], self.links[node]
         if not raylet.alive:
             return
+        gone: list[Process] = []
         for address, process in list(self.processes.items()):
-            if node_of(address) == node:
+            if node_of(address) == node and not (self.shared and process is link):
                 process.alive = False
                 del self.processes[address]
                 if isinstance(process, (Worker, Driver)):
                     self.by_pid.pop(process.pid, None)
-        link = address_of(node, LINK_LANE, 1)
-        notice = ProcessDied(link, b"", 0, ProcessKind.LINK, DeathCause("CRASHED", "the host is lost"))
+                gone.append(process)
+        address = address_of(node, LINK_LANE, 1)
+        notice = ProcessDied(address, b"", 0, ProcessKind.LINK, DeathCause("CRASHED", "the host is lost"))
         own_link = address_of(0, LINK_LANE, 1)
-        self.after(self.costs.detect_s, lambda: self.post(own_link, GCS_ADDRESS, notice))
+
+        def heard() -> None:
+            self.post(own_link, GCS_ADDRESS, notice)
+
+        def detected() -> None:
+            if self.prices is None or not self.shared:
+                heard()
+                return
+            link.tell_all(heard)
+            for _ in gone[1:]:  # the others end with the fork server; what the kernel has to do then takes cores
+                Process(self, self.next_address(node)).do_later(self.prices.exit_s, lambda: None)
+
+        self.after(self.costs.detect_s, detected)
 
     # -- checks (SIM-3)
 

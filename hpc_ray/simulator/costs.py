@@ -16,7 +16,7 @@ class Costs(msgspec.Struct, frozen=True, kw_only=True):
     fork_s: float = 0.002
     worker_start_s: float = 0.01
     reap_s: float = 0.0005
-    detect_s: float = 0.1  # until the GCS hears that a node is gone
+    detect_s: float = 0.1  # until it is known that a node is gone: to the GCS; with prices, to the node's link
     bytes_per_s: float = 5e9
 
 
@@ -46,6 +46,7 @@ class Prices(msgspec.Struct, frozen=True, kw_only=True):
     task_s: float = 0.0  # a worker runs a task that does nothing
     create_s: float = 0.0  # an owner makes an actor, and hears of it
     actor_s: float = 0.0  # a worker becomes an actor that does nothing in its constructor
+    exit_s: float = 0.0  # the kernel takes apart a process that was killed
 
     def event_s(self, role: str, name: str, nodes: int) -> float:
         points = self.events.get(role, {}).get(name) or self.events.get(role, {}).get("other")

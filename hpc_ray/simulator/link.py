@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
@@ -54,6 +55,21 @@ class Link(Process):
                 self._spent += self.simulator.prices.ring_s
             self._told[node] = self.simulator.now
         self._out[node].append((source, destination, message))
+
+    def tell_all(self, heard: Callable[[], None]) -> None:
+        """Our node is gone; ``heard`` is what follows from it at the head."""
+        prices = self.simulator.prices
+        assert prices is not None
+
+        def say() -> None:
+            for node, link in self.simulator.links.items():
+                if link is not self:
+                    self._spent += prices.link_out_s + prices.link_chunk_s + prices.ring_s
+                    then = heard if node == 0 else _nothing
+                    seconds = prices.link_chunk_s + prices.link_in_s
+                    self.simulator.after(self.simulator.costs.network_s, functools.partial(link.notice, seconds, then))
+
+        self.do_later(0.0, say)
 
     def take_turn(self) -> float:
         if self._arrived:
