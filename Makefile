@@ -1,7 +1,8 @@
 # One command for each thing. They need Python >= 3.10 with its headers, g++, make and pip; all else comes from pip into .venv.
 #
 #   make demo         trains a network on handwritten digits with four workers (examples/train_digits.py)
-#   make test         all tests that need no special machine, with Open MPI and with MPICH, those of pip and of the distribution
+#   make test         all tests that need no special machine, with Open MPI and with MPICH, those of pip and of the distribution,
+#                     and the conformance suite with plain python
 #   make stress       tests that load and break sessions for minutes
 #   make lint         ruff, mypy, and the test of the layers
 #   make docs         docs/api.md and docs/ray.md, from the docstrings and the table of Ray's names
@@ -153,10 +154,11 @@ endef
 test-mpi: $(VENV)/.installed
 	@$(call mpi_ranks,$(VENV),--map-by slot:OVERSUBSCRIBE --bind-to none)
 
-# Tests on hosts in a box wait more than they work: they ($(3)) run beside the others ($(2)), and their report comes last.
+# Tests on hosts in a box wait more than they work: they ($(3)) run beside the others ($(2), and then $(4)), and their report comes last.
 define pytest_beside
 @mkdir -p build; $(TIMED) $(1)/bin/pytest $(3) $(PYTEST_ARGS) >build/boxes.txt 2>&1 & boxes=$$!; status=0; \
 $(TIMED) $(1)/bin/pytest $(2) $(PYTEST_ARGS) || status=$$?; \
+$(if $(4),$(4) || status=$$?;) \
 wait $$boxes || status=$$(($$? == 5 ? status : $$?)); cat build/boxes.txt; test $$status = 5 || exit $$status
 endef
 
@@ -179,9 +181,13 @@ test-site-mpi: $(SITE_VENV)/.installed
 	for pid in $$pids; do wait $$pid || case $$? in 5 | 75) ;; *) status=1 ;; esac; done; \
 	cat build/site-*.txt; exit $$status
 
+# Not from this folder: Python would import the source tree, which has no native core.
+conform = (cd tests/conformance && $(TIMED) $(CURDIR)/$(BIN)/python runner.py check --engine hpc_ray $(1) $(CONFORMANCE_ARGS))
+CONFORM_PLAIN = $(call conform,) && $(call conform,--suite more)
+
 BOXES = tests/hosts tests/slurm tests/testbed
 test-python: $(VENV)/.libraries $(VENV)/.installed
-	$(call pytest_beside,$(VENV),-m 'not stress' --ignore=tests/stress $(BOXES:%=--ignore=%),$(BOXES))
+	$(call pytest_beside,$(VENV),-m 'not stress' --ignore=tests/stress $(BOXES:%=--ignore=%),$(BOXES),$(if $(PYTEST_ARGS),,$(CONFORM_PLAIN)))
 
 # Loads and breaks sessions for minutes; wants a machine on which nothing else of hpc_ray runs.
 stress: $(VENV)/.train $(VENV)/.installed
@@ -220,16 +226,13 @@ docs: $(VENV)/.installed
 	$(BIN)/python docs/pages.py
 
 # Programs whose results on Ray 2.60 are the expected ones: with plain python, and on two nodes over MPI.
-# Not from this folder: Python would import the source tree, which has no native core.
-CONFORM = cd tests/conformance && $(TIMED) $(CURDIR)/$(BIN)/python runner.py check --engine hpc_ray $(CONFORMANCE_ARGS)
 conformance: conformance-plain conformance-mpi
 
 conformance-plain: $(VENV)/.libraries $(VENV)/.installed
-	$(CONFORM)
-	$(CONFORM) --suite more
+	$(CONFORM_PLAIN)
 
 conformance-mpi: $(VENV)/.libraries $(VENV)/.installed
-	$(CONFORM) --without one_node --launch '$(CURDIR)/$(BIN)/mpirun -n 4 --map-by slot:OVERSUBSCRIBE $(CURDIR)/$(BIN)/hpc-ray run --nodes 2'
+	$(call conform,--without one_node --launch '$(CURDIR)/$(BIN)/mpirun -n 4 --map-by slot:OVERSUBSCRIBE $(CURDIR)/$(BIN)/hpc-ray run --nodes 2')
 
 clean:
 	rm -rf build dist $(VENV) $(MPICH_VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis train_digits-*.png
