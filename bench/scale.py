@@ -61,21 +61,28 @@ class Here:
 
     # -- the three parts
 
-    def measure(self, path: Path) -> dict[str, Any]:
-        found = {"date": today(), "machine": machine(), **self.run("costs.py", limit_s=600)}
-        path.write_text(json.dumps(found, indent=1) + "\n")
-        return found
-
-    def check(self, costs: Path, sizes: list[int], rounds: int, seconds: float) -> dict[str, Any]:
-        """Real runs, and predictions for what the machine had left for them, in turn."""
-        found: dict[str, Any] = {}
-        for nodes in sizes:
-            runs = []
-            for _ in range(rounds):
+    def measure(self, path: Path | None, sizes: list[int], rounds: int, seconds: float) -> dict[int, list[dict[str, Any]]]:
+        """The costs, into a file if one is named, and the real runs of these numbers of nodes, in turn: so that both meet the machine as it
+        is, for others make it faster and slower from minute to minute. The rows of all runs."""
+        costs: list[Any] = []
+        runs: dict[int, list[dict[str, Any]]] = {nodes: [] for nodes in sizes}
+        for number in range(rounds if sizes else 1):
+            self.say(f"round {number + 1}")
+            if path is not None:
+                costs.append(self.run("costs.py", limit_s=600))
+            for nodes in sizes:
                 try:
-                    runs.append(self.run("virtual.py", "--nodes", str(nodes), "--seconds", str(seconds), limit_s=120)["rows"])
+                    runs[nodes].append(self.run("virtual.py", "--nodes", str(nodes), "--seconds", str(seconds), limit_s=120)["rows"])
                 except RuntimeError as error:
                     self.say(str(error))
+        if path is not None:
+            path.write_text(json.dumps({"date": today(), "machine": machine(), **middle(costs)}, indent=1) + "\n")
+        return runs
+
+    def check(self, costs: Path, measured_rows: dict[int, list[dict[str, Any]]]) -> dict[str, Any]:
+        """The real runs, and predictions for what the machine had left for them."""
+        found: dict[str, Any] = {}
+        for nodes, runs in measured_rows.items():
             rows: dict[str, Any] = {}
             for row in MEASURED:
                 values = [(run[row]["value"], run[row]["free"], run[row]) for run in runs if row in run]
@@ -114,6 +121,16 @@ class Here:
             took = sum(row["took_s"] for row in found[str(nodes)].values())
             self.say(f"  {nodes} nodes are simulated: {took:.0f} s")
         return found
+
+
+def middle(found: list[Any]) -> Any:
+    """Of several measurements of the same things the median of each number."""
+    first = found[0]
+    if isinstance(first, dict):
+        return {key: middle([one[key] for one in found if key in one]) for key in first}
+    if isinstance(first, list):
+        return [middle(list(several)) for several in zip(*found, strict=True)]
+    return statistics.median(found) if isinstance(first, (int, float)) else first
 
 
 def amount(value: float, unit: str) -> str:
@@ -187,7 +204,7 @@ def main() -> int:
     parser.add_argument("--measure", action="store_true", help="measure the costs anew")
     parser.add_argument("--costs", type=Path, help="costs to use; default: the latest in results/")
     parser.add_argument("--check", nargs="*", type=int, default=[2, 4, 8, 16], metavar="N", help="virtual nodes; nothing: none")
-    parser.add_argument("--rounds", type=int, default=3, help="of each real run")
+    parser.add_argument("--rounds", type=int, default=3, help="of all that is measured")
     parser.add_argument("--seconds", type=float, default=1.5, help="for each rate of a real run")
     parser.add_argument("--nodes", nargs="*", type=int, default=[10, 100, 1000, 10_000], metavar="N", help="to predict")
     parser.add_argument("--cores", type=int, default=machine()["cores"], help="of each host that is predicted")
@@ -200,12 +217,13 @@ def main() -> int:
         parser.error("hpc_ray is not installed for the benchmarks; say `python -m bench.engines hpc_ray`, or name a --python")
     here = Here(console, python)
     costs = arguments.costs or max(RESULTS.glob("costs-*.json"), default=None)
-    if arguments.measure or costs is None:
+    anew = arguments.measure or costs is None
+    if anew:
         costs = arguments.costs or RESULTS / f"costs-{today()}.json"
-        console.print("measuring what things cost here")
-        here.measure(costs)
+    console.print("measuring what things cost here, and how virtual nodes do" if anew else "measuring how virtual nodes do")
+    runs = here.measure(costs if anew else None, arguments.check, arguments.rounds, arguments.seconds)
     about = json.loads(costs.read_text())
-    checked = here.check(costs, arguments.check, arguments.rounds, arguments.seconds)
+    checked = here.check(costs, runs)
     predicted = here.predict(costs, arguments.nodes, arguments.cores)
     report = {
         "date": today(),
