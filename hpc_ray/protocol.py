@@ -616,7 +616,7 @@ class PullObject(Message, tag=40):
 
 
 class ObjectLocal(Message, tag=41):
-    """raylet → process: it is here, and pinned for you until you pin it yourself and say PullDone."""
+    """raylet → process: it is here. Told to its owner, it says as well what AddPlace says."""
 
     object_id: bytes
     handle: int

@@ -187,16 +187,16 @@ def _flat(buffer: pickle.PickleBuffer) -> memoryview:
 
 def deserialize(data: Any) -> Any:
     """The value in ``data`` (bytes or a buffer in the arena); arrays in it are views on ``data`` that keep it alive."""
-    if type(data) is bytes and len(data) < _SHORT:
-        if data[0] == PLAIN:
-            return _unpack(data[1:])
-        if data.startswith(_NO_BUFFERS):
-            return _loads(data[_PICKLED])
-    view = memoryview(data)
-    if view[0] == PLAIN:
+    short = type(data) is bytes and len(data) < _SHORT
+    view = data if short else memoryview(data)
+    kind = view[0]
+    if kind == PLAIN:
         return _unpack(view[1:])
-    if view[0] == ARGUMENTS:
+    if kind == ARGUMENTS:
         return tuple(_unpack(view[1:])), {}
+    if short and data.startswith(_NO_BUFFERS):
+        return _loads(data[_PICKLED])
+    view = memoryview(data)
     kind, count, length = _HEADER.unpack_from(view)
     if count == 0:
         return pickle.loads(view[_HEADER.size :])
