@@ -32,6 +32,7 @@ from hpc_ray.launcher import world
 from hpc_ray.machine import Journal
 from hpc_ray.protocol import ReportResources, decode, encode
 from hpc_ray.simulator.costs import Costs, Prices
+from hpc_ray.simulator.process import SLICE_S
 from hpc_ray.simulator.roles import units_of
 
 HERE = Path(__file__).parent
@@ -300,6 +301,8 @@ def main() -> None:
     events = states(tuple(map(int, arguments.sizes.split(","))), note)
     costs, prices = derived(found, events)
     prices["cold_s"] = coldness(found, costs, prices)
+    # Nodes that start at once take turns, and what their caches cost them then is in what was measured; so are their first workers.
+    costs["boot_s"] = costs["boot_s"] / (1 + prices["cold_s"] / SLICE_S) - costs["fork_s"] - costs["worker_start_s"]
     found["costs"], found["prices"] = costs, prices
     print(json.dumps(found), flush=True)
     os._exit(0)

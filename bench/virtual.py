@@ -288,8 +288,8 @@ def main() -> None:
     if "recovery" in wanted and arguments.nodes > 1:
         settle()
         recover(rows, submitters, nodes)
-    if "broadcast" in rows and "recovery" in rows:  # which is too short for the system's clock ticks
-        rows["recovery"]["free"] = rows["broadcast"]["free"]
+    if "recovery" in rows:  # which is too short for the system's clock ticks
+        rows["recovery"]["free"] = rows["start"]["free"]
     if "death" in wanted:
         die(rows, submitters)
     print(json.dumps({"nodes": arguments.nodes, "rows": rows}), flush=True)

@@ -119,9 +119,9 @@ class Link(Process):
         quiet = simulator.now - self._quiet_since
         if quiet < LIVELY_S:
             simulator.after(0.0 if quiet < SPIN_S else FIRST_PARK_S * simulator.random.random(), self.wake)
-        else:  # its doorbell's thread wakes it
+        else:  # its doorbell's thread wakes it, which has slept as long
             assert simulator.prices is not None
-            self._arrived.append((simulator.prices.wake_s, _nothing))
+            self._arrived.append((simulator.prices.wake_s + simulator.prices.cold_s, _nothing))
             self.wake()
 
     def rest(self) -> None:
