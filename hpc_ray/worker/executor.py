@@ -137,7 +137,8 @@ class Executor:
                 result = dependency.result
                 elsewhere = result.kind == ARENA and all(place[0] != client.node for place in dependency.places)
                 if elsewhere and dependency.object_id not in client.objects.brought:
-                    client.objects.remember_brought(dependency.object_id, 0)  # asked for
+                    with client.lock:
+                        client.objects.remember_brought(dependency.object_id, 0)  # asked for
                     client.send(client.raylet, PullObject(dependency.object_id, result.size, dependency.places))
 
     def on_use_lease(self, source: int, message: UseLease) -> None:
