@@ -65,8 +65,8 @@ UNKNOWN, PENDING, READY, FREED = State.UNKNOWN, State.PENDING, State.READY, Stat
 
 class Entry(msgspec.Struct, eq=False, gc=False):
     """One object as this process knows it. Made for each call, so it is made fast, and unknown to Python's collector: it sees no cycle
-    through an entry, so each ends where its reason ends (``waiters`` by the result, ``task`` by ``result_gone``), at the latest in
-    ``ObjectTable.let_go``."""
+    through an entry, so each ends where its reason ends (``waiters`` by the result, ``task`` by ``result_gone``, ``on_free`` by its call),
+    at the latest in ``ObjectTable.let_go``."""
 
     id: bytes
     owned: bool
@@ -259,8 +259,10 @@ class ObjectTable:
             entry.result = None  # else it is small, and an argument
         if entry.task is not None and entry.lineage == 0:
             entry.task.result_gone(entry)
-        if entry.on_free is not None:
-            entry.on_free()
+        then = entry.on_free
+        if then is not None:
+            entry.on_free = None
+            then()
 
     def delete_copies(self, entry: Entry) -> None:
         result = entry.result
@@ -411,8 +413,8 @@ class ObjectTable:
         self.add_place(self.entries.get(message.object_id), message.node, message.handle)
 
     def add_place(self, entry: Entry | None, node: int, handle: int) -> None:
-        """An owned object has been brought to a node."""
-        if entry is None or entry.places is None:  # freed meanwhile
+        """An object has been brought to a node; who owns it deletes the copy of one that it has freed meanwhile."""
+        if entry is None or entry.places is None:
             self.delete_copy(node, handle, brought=True)
         elif [node, handle] not in entry.places:
             entry.places.append([node, handle])
@@ -437,13 +439,11 @@ class ObjectTable:
 
     def on_object_local(self, source: int, message: ObjectLocal) -> None:
         entry = self.entries.get(message.object_id)
-        here = node_of(self.client.address)
-        if owner_of(message.object_id) == self.client.address:
-            self.add_place(entry, here, message.handle)
-        else:
+        owned = owner_of(message.object_id) == self.client.address
+        if not owned:
             self.remember_brought(message.object_id, message.handle)
-            if entry is not None and entry.places is not None and [here, message.handle] not in entry.places:
-                entry.places.append([here, message.handle])
+        if owned or (entry is not None and entry.places is not None):
+            self.add_place(entry, node_of(self.client.address), message.handle)
         if entry is not None and entry.result is not None:
             entry.pulling = False
             self.client.pulled(entry)

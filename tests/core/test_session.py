@@ -14,6 +14,7 @@ import pytest
 
 import hpc_ray
 from hpc_ray import exceptions
+from hpc_ray.client.client import Client
 from hpc_ray.launcher import session
 
 
@@ -283,3 +284,42 @@ def test_a_logging_config_that_cannot_be(config, error):
     with pytest.raises(TypeError, match="LoggingConfig"):
         start(logging_config="JSON")
     assert not hpc_ray.is_initialized()
+
+
+def use_and_leave():
+    """A session in which something is pending, remembered for a second run, and out of scope when it ends."""
+
+    @hpc_ray.remote
+    class Echo:
+        def echo(self, value=None):
+            return value
+
+    @hpc_ray.remote(max_retries=3)
+    def large():
+        return bytes(1 << 20)
+
+    @hpc_ray.remote
+    def wait(values):
+        threading.Event().wait()
+
+    start()
+    kept, dropped, result = Echo.remote(), Echo.remote(), large.remote()
+    hpc_ray.get([kept.echo.remote(result), dropped.echo.remote(1)])
+    pending = wait.remote([result])
+    del dropped
+    hpc_ray.shutdown()
+    return kept, pending
+
+
+def test_a_session_that_is_over_leaves_nothing_in_memory():
+    """Its entries are unknown to Python's collector, which sees no cycle through them."""
+
+    def clients():
+        gc.collect()
+        return sum(type(thing) is Client for thing in gc.get_objects())
+
+    before = clients()
+    held = use_and_leave()
+    assert clients() > before
+    del held
+    assert clients() == before
