@@ -197,7 +197,7 @@ def deserialize(data: Any) -> Any:
     if short and data.startswith(_NO_BUFFERS):
         return _loads(data[_PICKLED])
     view = memoryview(data)
-    kind, count, length = _HEADER.unpack_from(view)
+    _, count, length = _HEADER.unpack_from(view)
     if count == 0:
         return pickle.loads(view[_HEADER.size :])
     offset = _HEADER.size

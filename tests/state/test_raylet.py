@@ -691,6 +691,18 @@ def test_pull_is_done_once_and_announced():
     assert node.take(p.ObjectLocal, THIRD) == [p.ObjectLocal(object_id, 55)]
 
 
+def test_an_owner_that_waits_is_told_once():
+    node = Node()
+    node.see(1, 4)
+    object_id = IdMinter(ME, JOB).put_id()
+    for asker in (ME, OTHER):
+        node.tell(p.PullObject(object_id, 10, [[1, 7]]), asker)
+    node.tell(e.CopyAllocated(1, 55), 0)
+    node.tell(p.TransferDone(1), address_of(0, LINK_LANE, 1))
+    assert node.take(p.ObjectLocal) == [p.ObjectLocal(object_id, 55)] * 2
+    assert node.take(p.AddPlace) == []
+
+
 def test_failed_transfer_tries_the_next_place_then_says_so():
     """COPY-2, COPY-3"""
     node = Node()
