@@ -59,9 +59,11 @@ class Child:
 
     def _signal(self, number: signal.Signals) -> None:
         """Stop or continue all processes of the engine, so that while it waits it takes nothing from the others."""
-        for process in reversed([psutil.Process(self.pid), *psutil.Process(self.pid).children(recursive=True)]):
-            with contextlib.suppress(psutil.NoSuchProcess):
-                process.send_signal(number)
+        with contextlib.suppress(psutil.NoSuchProcess):  # it has ended; who waits for its answer hears of that
+            first = psutil.Process(self.pid)
+            for process in reversed([first, *first.children(recursive=True)]):
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    process.send_signal(number)
 
     def _read(self) -> None:
         assert self._process.stdout is not None
@@ -103,8 +105,7 @@ class Child:
 
     def stop(self) -> None:
         """End the engine: politely, then with all of its process group."""
-        with contextlib.suppress(psutil.NoSuchProcess):
-            self._signal(signal.SIGCONT)
+        self._signal(signal.SIGCONT)
         for ask in (self._process.stdin.close, self._process.terminate):  # type: ignore[union-attr]
             with contextlib.suppress(OSError, subprocess.TimeoutExpired):
                 ask()

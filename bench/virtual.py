@@ -235,19 +235,17 @@ def die(rows: dict, submitters: list) -> None:
     it. The session is over then."""
     victim = ray.get(submitters[0].fork_server.remote())
     settle()
-    pids = [victim, *(child.pid for child in psutil.Process(victim).children())]
-    ended, left, first, seen_s = select.epoll(), set(), -1, 0.0
-    for pid in pids:
-        left.add(file := os.pidfd_open(pid))
+    first, *others = [os.pidfd_open(pid) for pid in (victim, *(child.pid for child in psutil.Process(victim).children()))]
+    ended, left, seen_s = select.epoll(), {first, *others}, 0.0
+    for file in left:
         ended.register(file, select.EPOLLIN | select.EPOLLONESHOT)
-        first = file if pid == victim else first
     with Phase() as phase:
         os.kill(victim, signal.SIGKILL)
         while left:
             left -= {file for file, _ in ended.poll()}
             if not seen_s and first not in left:
                 seen_s = time.perf_counter() - phase.begin
-    rows["death"] = {"value": seen_s, "all_s": phase.seconds, "others": len(pids) - 1, "cpu": dict(phase.cpu), "free": phase.free}
+    rows["death"] = {"value": seen_s, "all_s": phase.seconds, "others": len(others), "cpu": dict(phase.cpu), "free": phase.free}
 
 
 def main() -> None:
