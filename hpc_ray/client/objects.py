@@ -457,10 +457,11 @@ class ObjectTable:
 
     def on_pull_failed(self, source: int, message: PullFailed) -> None:
         entry = self.entries.get(message.object_id)
-        if entry is None or entry.state != READY:
+        if entry is None:
             return
         entry.pulling = False
-        self.lost_at(entry, message.node)
+        if entry.state == READY:  # else the death of that node came first, and it is being made again
+            self.lost_at(entry, message.node)
         self.client.pulled(entry)
 
     def lost_at(self, entry: Entry, node: int) -> None:

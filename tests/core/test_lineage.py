@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import gc
+import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
 
 from hpc_ray import exceptions
 from hpc_ray.client import context
+from hpc_ray.client.objects import State
+from hpc_ray.protocol import PullFailed
 
 LARGE = 200_000  # bytes; beyond what travels in messages
 
@@ -112,14 +116,15 @@ def test_what_must_not_be_repeated_is_not_remembered(ray):
 
 @pytest.fixture
 def far(ray):
-    """Makes a cluster whose second node has the resource ``far``; the value takes that node away and brings a new one."""
+    """Makes a cluster whose second node has the resource ``far``; the value takes that node away, does ``between``, and brings a new one."""
     from hpc_ray.cluster_utils import Cluster
 
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 2}, connect=True)
     nodes = [cluster.add_node(num_cpus=2, resources={"far": 10})]
 
-    def replace():
+    def replace(between=lambda: None):
         cluster.remove_node(nodes.pop(), allow_graceful=False)
+        between()
         nodes.append(cluster.add_node(num_cpus=2, resources={"far": 10}))
 
     yield replace
@@ -134,6 +139,33 @@ def test_a_chain_is_made_again(ray, far):
     ray.wait([last], fetch_local=False)
     far()
     assert ray.get(last, timeout=60)[0] == 6
+
+
+def test_the_death_of_a_node_is_heard_of_before_the_end_of_a_fetch(ray, far, eventually, monkeypatch):
+    """OBJ-4: whoever waits for the copy is woken all the same, and waits for what is made again."""
+    first, _, _ = make_tasks(ray, resources={"far": 1})
+    reference = first.remote(1)
+    ray.wait([reference], fetch_local=False)
+    client, entry = context.client, reference._entry
+    node, asked = entry.places[0][0], threading.Event()
+
+    def ask(entry):
+        entry.pulling = True
+        asked.set()
+
+    monkeypatch.setattr(client.objects, "pull", ask)
+    with ThreadPoolExecutor(1) as pool:
+        got = pool.submit(ray.get, reference, timeout=60)
+        assert asked.wait(30)
+        monkeypatch.undo()
+
+        def fetch_fails():
+            eventually(lambda: entry.state == State.PENDING, "the driver knows that the node is gone")
+            with client.lock:
+                client.objects.on_pull_failed(client.raylet, PullFailed(entry.id, node, "gone"))
+
+        far(fetch_fails)
+        assert got.result()[0] == 1
 
 
 def test_why_a_result_cannot_be_made_again(ray, far):
