@@ -7,7 +7,7 @@ node is let in everything is as in a world of ranks, but that the loss of a node
 
 MEMBER-1 (one judge): the head alone says that a node is lost; whoever loses sight of another tells it. So all agree, and a node that
 has only been cut off hears of it, when it can be reached again, and ends (transport, TCP-3).
-MEMBER-2 (the head is all): a node that loses the head ends.
+MEMBER-2 (the head is all): a node that loses the head ends; to the head and the others it is a node that is lost.
 MEMBER-3 (whom we start): agents and steps end with the head. Where one of them ends before its nodes are up, the start has failed.
 """
 
@@ -285,6 +285,8 @@ class Head(_Bridge):
                 self.let_in(event.door, event.facts)
         elif isinstance(event, PeerLost):
             self.declare_lost(event.node, event.text)
+        elif isinstance(event, Expelled):  # it has lost sight of us, and ends (MEMBER-2)
+            self.declare_lost(event.node, f"it had lost the head: {event.text}")
         else:
             super().on_event(event)
 

@@ -41,7 +41,7 @@ class Joining(NamedTuple):
 
 
 class Expelled(NamedTuple):
-    """``tcp``: a peer says that the others go on without this node."""
+    """``tcp``: a peer says that it goes on without this node, or, to the head, that it ends since it has lost sight of it."""
 
     node: int
     text: str

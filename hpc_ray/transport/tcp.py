@@ -8,7 +8,8 @@ arena memory. ``fileno`` is readable when ``poll`` has something to do; so a lin
 TCP-1 (both prove it): a connection counts when both ends have proved that they know the session's secret, which itself never
 travels; who cannot is closed without a word. Nothing is encrypted.
 TCP-2 (signs of life): the head and each node send one another something every ``heartbeat_s``, and the one from which nothing has
-come for ``timeout_s`` is lost. Who was held up itself, and so read nothing, blames nobody for that time. Connections of other nodes, of
+come for ``timeout_s`` is lost. Who was held up itself, and so read nothing, blames nobody for that time: between two looks at most
+``heartbeat_s`` counts, however long the machine stood still. Connections of other nodes, of
 which there are many, have the kernel's own probes with the same time-out: a process that hangs there is the head's to find.
 TCP-3 (no ghosts): a lost peer is told so as far as it can be, its connection is closed, and its number is refused for good.
 """
@@ -751,7 +752,7 @@ class TCPTransport(Transport):
 
     def _look(self, now: float) -> None:
         """Who is alive (TCP-2), and that we are."""
-        held_up = now - self._looked - 2 * self.heartbeat_s
+        held_up = now - self._looked - self.heartbeat_s
         self._looked = now
         for peer in list(self._peers.values()):
             if peer.lost:

@@ -89,6 +89,18 @@ def test_two_other_hosts_lose_each_other(hosts):
     hosts.await_nothing_left()
 
 
+def test_the_head_is_silent_for_a_while(hosts):
+    """MEMBER-2: the others end, as they cannot know better. To the head they are lost nodes, and its program goes on without them."""
+    process = survive(hosts, WORK, "watch")
+    link = await_line(process, "READY")[3]
+    hosts.run(1, "kill", "-STOP", link)
+    hosts.await_nothing_left([2, 3])
+    hosts.run(1, "kill", "-CONT", link)
+    out, err = finished(process)
+    assert out.splitlines()[-1].endswith("alive node1") and err.count("it had lost the head: no sign of life") == 2, (out, err)
+    hosts.await_nothing_left()
+
+
 def test_the_head_dies(hosts):
     """One clear message, and the end everywhere."""
     process = survive(hosts, WORK, "watch")

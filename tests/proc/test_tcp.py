@@ -347,6 +347,18 @@ def test_who_was_held_up_blames_nobody(make, clock):
     assert a.lost() == b.lost() == []
 
 
+def test_silence_counts_only_while_one_looks(make, clock):
+    """TCP-2: a machine that stands still again and again, each time for less than the time-out, is not a lost peer."""
+    a, b = make(2)
+    silence(None, clock, 2, a, b)
+    for _ in range(3):
+        clock.now += 1.9
+        b.poll()
+    assert b.lost() == []
+    silence(a, clock, 6, b)
+    assert b.lost() == [(0, "no sign of life for 5 s")]
+
+
 def test_a_ghost_is_told_and_kept_out(make, clock):
     """TCP-3: cut off, given up, and back again."""
     a, b = make(2)
