@@ -29,6 +29,8 @@ FORK_SERVER_LANE = 3
 
 _TASK = struct.Struct("<QQII")
 _INDEX = struct.Struct("<I")
+OBJECT_ID_BYTES = 28
+_OBJECT = struct.Struct(f"{OBJECT_ID_BYTES}s")
 
 
 def address_of(node: int, lane: int, incarnation: int = 0) -> int:
@@ -64,6 +66,11 @@ def object_ids_of(task_id: bytes, count: int) -> list[bytes]:
     """Of the first results."""
     pack = _INDEX.pack
     return [task_id + pack(index) for index in range(count)]
+
+
+def split_object_ids(joined: Any) -> list[bytes]:
+    """Of ids one after the other, in bytes or a buffer."""
+    return [object_id for (object_id,) in _OBJECT.iter_unpack(joined)]
 
 
 def index_of(object_id: bytes) -> int:

@@ -8,8 +8,13 @@ arguments of a call, are a byte that says so, and MessagePack, which takes a thi
 every buffer at a multiple of ``ALIGNMENT`` from the start. Reading never copies a buffer: arrays are views on the memory that
 was read from, and read-only because that memory is.
 
+The ids of references, but for the first, come before the pickle, after their number (u32), and in the pickle each is "the next one". So
+the reader makes all of them in one go, and what remains of each is done by the unpickler itself, without a call of Python's.
+
 SER-1 (references are seen): every ObjectRef and actor handle that is pickled reports itself to ``note_contained`` of the
 serialisation under way, so that whoever sends the bytes can keep them alive.
+SER-2 (in order): a pickle is read in the order in which it was written, so the next reference is the right one. Those that something else
+pickles on the way, which may be read at any time, carry their ids themselves.
 """
 
 from __future__ import annotations
@@ -19,20 +24,24 @@ import pickle
 import struct
 import threading
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import cloudpickle
 import msgspec
 
+from hpc_ray.ids import OBJECT_ID_BYTES, split_object_ids
+
 ALIGNMENT = 64
-PICKLE, BYTES, PLAIN, ARGUMENTS = 1, 2, 3, 4  # kinds
+PICKLE, BYTES, PLAIN, ARGUMENTS, REFERENCES = 1, 2, 3, 4, 5  # kinds
 
 _HEADER = struct.Struct("<BxxxIQ")
 _LENGTH = struct.Struct("<Q")
+_COUNT = struct.Struct("<I")
 _PLAIN = frozenset({int, float, bool, type(None), str})
 _SHORT = 4096  # bytes: copying so many costs less than a view on them
-_NO_BUFFERS = _HEADER.pack(PICKLE, 0, 0)  # the header where everything is in the pickle
+_NO_BUFFERS = {kind: _HEADER.pack(kind, 0, 0) for kind in (PICKLE, REFERENCES)}  # the header where everything is in the pickle
+_PICKLE_ALONE = _NO_BUFFERS[PICKLE]
 _PICKLED = slice(_HEADER.size, None)  # of such data
 _loads = pickle.loads
 _pack, _unpack = msgspec.msgpack.Encoder().encode, msgspec.msgpack.Decoder().decode
@@ -40,7 +49,8 @@ _PLAIN_BYTE, _ARGUMENTS_BYTE = bytes([PLAIN]), bytes([ARGUMENTS])
 
 
 class _Session(threading.local):
-    contained: list | None = None
+    contained: list | None = None  # what the pickling under way has met
+    references: Iterator[Any] = iter(())  # of the data that is being read, those still to come
 
 
 _session = _Session()
@@ -53,6 +63,33 @@ def note_contained(reference: Any) -> bool:
         return False
     _session.contained.append(reference)
     return True
+
+
+class _Batch:
+    """How references are made; set by their module."""
+
+    cls: type | None = None
+    id_of: Callable[[Any], bytes | None]
+    make: Callable[[list[bytes]], list]
+
+
+def batch_references(cls: type, id_of: Callable[[Any], bytes | None], make: Callable[[list[bytes]], list]) -> None:
+    """References are of this class; ``id_of`` says what ``make`` makes one of the same object from, or None for one that pickles itself."""
+    _Batch.cls, _Batch.id_of, _Batch.make = cls, id_of, make
+
+
+class _Next:
+    """Stands in a pickle for what gives the references of its data, each in its turn (SER-2)."""
+
+    def __reduce__(self) -> Any:
+        return _next_of_this_data, ()
+
+    def __call__(self) -> None:
+        """Only what can be called may make something when it is unpickled."""
+
+
+def _next_of_this_data() -> Callable[[], Any]:
+    return _session.references.__next__
 
 
 def register_serializer(cls: type, *, serializer: Callable, deserializer: Callable) -> None:
@@ -74,10 +111,20 @@ def _rebuild_custom(deserializer: Callable, state: Any) -> Any:
 
 
 class _Pickler(cloudpickle.Pickler):  # type: ignore[misc]
-    def __init__(self, file: io.BytesIO, buffers: list):
+    def __init__(self, file: io.BytesIO, buffers: list, contained: list):
         super().__init__(file, protocol=5, buffer_callback=buffers.append)
+        self.contained = contained
+        self.ids: list[bytes] = []  # of the references that go out of band
+        self._next = _Next(), ()
 
     def reducer_override(self, obj: Any) -> Any:
+        if type(obj) is _Batch.cls and self.contained:  # one alone is faster in the pickle
+            object_id = _Batch.id_of(obj)
+            if object_id is None:
+                return NotImplemented
+            self.ids.append(object_id)
+            self.contained.append(obj)
+            return self._next
         custom = _custom.get(type(obj))
         if custom is not None:
             return _rebuild_custom, (custom[1], custom[0](obj))
@@ -169,15 +216,20 @@ def serialize(value: Any) -> Serialized:
     buffers: list = []
     try:
         with io.BytesIO() as file:
-            _Pickler(file, buffers).dump(value)
+            pickler = _Pickler(file, buffers, contained)
+            pickler.dump(value)
             data = file.getvalue()
     finally:
         _session.contained = outer
+    kind = PICKLE
+    if pickler.ids:
+        kind = REFERENCES
+        data = b"".join((_COUNT.pack(len(pickler.ids)), *pickler.ids, data))
     if not buffers:
-        return Serialized(_NO_BUFFERS + data, [], contained)
+        return Serialized(_NO_BUFFERS[kind] + data, [], contained)
     views = [_flat(buffer) for buffer in buffers]
     lengths = b"".join(_LENGTH.pack(view.nbytes) for view in views)
-    head = _HEADER.pack(PICKLE, len(views), len(data)) + lengths + data
+    head = _HEADER.pack(kind, len(views), len(data)) + lengths + data
     return Serialized(head, views, contained)
 
 
@@ -194,12 +246,12 @@ def deserialize(data: Any) -> Any:
         return _unpack(view[1:])
     if kind == ARGUMENTS:
         return tuple(_unpack(view[1:])), {}
-    if short and data.startswith(_NO_BUFFERS):
+    if short and data.startswith(_PICKLE_ALONE):
         return _loads(data[_PICKLED])
-    view = memoryview(data)
     _, count, length = _HEADER.unpack_from(view)
     if count == 0:
-        return pickle.loads(view[_HEADER.size :])
+        return _loads(view[_PICKLED]) if kind == PICKLE else _load_with_references(view[_PICKLED])
+    view = memoryview(data)
     offset = _HEADER.size
     lengths = [_LENGTH.unpack_from(view, offset + 8 * i)[0] for i in range(count)]
     offset += 8 * count
@@ -212,7 +264,17 @@ def deserialize(data: Any) -> Any:
         offset += size
     if kind == BYTES:
         return bytes(buffers[0])
-    return pickle.loads(pickled, buffers=[buffer.toreadonly() for buffer in buffers])
+    buffers = [buffer.toreadonly() for buffer in buffers]
+    return _loads(pickled, buffers=buffers) if kind == PICKLE else _load_with_references(pickled, buffers)
+
+
+def _load_with_references(view: Any, buffers: Sequence[memoryview] = ()) -> Any:
+    end = _COUNT.size + OBJECT_ID_BYTES * _COUNT.unpack_from(view)[0]
+    outer, _session.references = _session.references, iter(_Batch.make(split_object_ids(view[_COUNT.size : end])))
+    try:
+        return _loads(view[end:], buffers=buffers)
+    finally:
+        _session.references = outer
 
 
 def dumps(value: Any) -> bytes:

@@ -247,7 +247,7 @@ class Client:
         self._start()
 
     def _start(self) -> None:
-        refs.install(self._rebuild, self.add_done_callback, self.get_one, self._leak, self.lane.wake_background)
+        refs.install(self._meet, self.add_done_callback, self.get_one, self._leak, self.lane.wake_background)
         self._thread = threading.Thread(target=self._background, name="hpc_ray-io", daemon=True)
         self._thread.start()
 
@@ -1009,19 +1009,26 @@ class Client:
             self.lane.wake_background()
         self.run_callbacks()
 
-    def _rebuild(self, object_id: bytes) -> ObjectRef:
+    def _meet(self, object_ids: Iterable[bytes]) -> list[ObjectRef]:
+        """References that came from elsewhere, 0.2 µs each; those that are borrowed are on loan (OBJ-2)."""
         objects = self.objects
+        known, meet = objects.entries.get, objects.meet
+        references, borrowed = [], []
         with self.lock:
-            entry = objects.entries.get(object_id) or objects.meet(object_id)
-            entry.count += 1
-            if not entry.owned and not entry.added:
+            for object_id in object_ids:
+                entry = known(object_id) or meet(object_id)
+                entry.count += 1
+                reference = new_reference(ObjectRef)
+                reference._entry = entry
+                references.append(reference)
+                if not entry.owned and not entry.added:
+                    borrowed.append(entry)
+            if borrowed:
                 if self._loading.loans is not None:
-                    self._loading.loans.append(entry)
+                    self._loading.loans.extend(borrowed)
                 else:
-                    objects.register([entry])
-        reference = new_reference(ObjectRef)
-        reference._entry = entry
-        return reference
+                    objects.register(borrowed)
+        return references
 
     def _leak(self, entry: Entry) -> None:
         with self.lock:

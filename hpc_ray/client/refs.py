@@ -9,11 +9,11 @@ REF-1 (no I/O in ``__del__``): dropping a reference appends to ``released`` and 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any, Generic, NoReturn, TypeVar
 
 from hpc_ray.ids import JobID, TaskID
-from hpc_ray.serialize import note_contained
+from hpc_ray.serialize import batch_references, note_contained
 
 if TYPE_CHECKING:
     import asyncio
@@ -28,7 +28,7 @@ released: deque[Any] = deque()
 class _Hooks:
     """Set by the client that is connected; see ``install``."""
 
-    rebuild: Callable[[bytes], ObjectRef] | None = None
+    meet: Callable[[Iterable[bytes]], list[ObjectRef]]
     add_done_callback: Callable[[Any, Callable], None] | None = None
     get: Callable[[ObjectRef], Any] | None = None
     leak: Callable[[Any], None] | None = None
@@ -46,17 +46,18 @@ def _unpark(_hooks: type[_Hooks] = _Hooks, _released: deque[Any] = released) -> 
 
 
 def install(
-    rebuild: Callable[[bytes], ObjectRef] | None = None,
+    meet: Callable[[Iterable[bytes]], list[ObjectRef]] | None = None,
     add_done_callback: Callable[[Any, Callable], None] | None = None,
     get: Callable[[ObjectRef], Any] | None = None,
     leak: Callable[[Any], None] | None = None,
     unpark: Callable[[], None] | None = None,
 ) -> None:
     """Connect references to a client; without arguments: disconnect."""
-    _Hooks.parked = rebuild is None
-    _Hooks.rebuild, _Hooks.add_done_callback, _Hooks.get = rebuild, add_done_callback, get
+    _Hooks.parked = meet is None
+    _Hooks.meet, _Hooks.add_done_callback, _Hooks.get = meet or _not_connected, add_done_callback, get
     _Hooks.leak, _Hooks.unpark = leak, unpark
-    if rebuild is None:
+    batch_references(ObjectRef, _id_of, _Hooks.meet)
+    if meet is None:
         released.clear()
 
 
@@ -69,18 +70,25 @@ def _entry_of(data: Any) -> Any:
         raise TypeError(f"ObjectRef is made from bytes, not {type(data).__name__}")
     if len(data) != 28:
         raise ValueError(f"ObjectRef has 28 bytes, got {len(data)}")
-    if _Hooks.rebuild is None or data == _NIL:
+    if _Hooks.get is None or data == _NIL:
         return _Name(data)
-    reference = _Hooks.rebuild(data)
+    reference = _Hooks.meet([data])[0]
     entry = reference._entry
     reference._entry = _Name(data)  # its hold passes to the new reference
     return entry
 
 
+def _not_connected(object_ids: Iterable[bytes]) -> NoReturn:
+    raise RuntimeError("an ObjectRef can only be unpickled in a process that is connected to its session")
+
+
 def _rebuild(object_id: bytes) -> ObjectRef:
-    if _Hooks.rebuild is None:
-        raise RuntimeError("an ObjectRef can only be unpickled in a process that is connected to its session")
-    return _Hooks.rebuild(object_id)
+    return _Hooks.meet((object_id,))[0]
+
+
+def _id_of(reference: ObjectRef) -> bytes | None:
+    entry = reference._entry
+    return None if type(entry) is _Name else entry.id
 
 
 class _Name:
@@ -201,6 +209,7 @@ class ObjectRef(Generic[T]):
         _Hooks.add_done_callback(self._entry, callback)
 
 
+install()
 new_reference: Callable[[type[ObjectRef]], ObjectRef] = object.__new__  # for hot paths: ``_entry`` is to be set
 
 

@@ -135,6 +135,57 @@ def test_references_inside_of_objects(ray, is_empty):
 # ------------------------------------------------------------------ get
 
 
+class PickledByHand:
+    """Has a pickle in its pickle, which is read when it likes."""
+
+    def __init__(self, references):
+        self.references = references
+
+    def __getstate__(self):
+        return pickle.dumps(self.references)
+
+    def __setstate__(self, data):
+        self.data = data
+
+    def read(self):
+        return pickle.loads(self.data)
+
+
+class PutOnTheWay:
+    """Another value with references is made, and read, while this one is pickled, and read."""
+
+    def __init__(self, references, ray):
+        self.references, self.ray = references, ray
+
+    def __reduce__(self):
+        return self.ray.get, (self.ray.put(self.references),)
+
+
+def test_many_references_inside(ray, is_empty):
+    """SER-2: each is the right one, here and in another process, whatever else is pickled between them."""
+    ones = [ray.put(number) for number in range(6)]
+    value = {
+        "list": ones[:3],
+        "array": np.arange(LARGE),
+        "again": (ones[1], ones[1]),
+        "by hand": PickledByHand(ones[2:4]),
+        "on the way": PutOnTheWay(ones[3:], ray),
+        "last": [ones[5], ray.ObjectRef.nil(), ones[0]],
+    }
+
+    def look(value):
+        assert value["again"][0] is value["again"][1] and value["array"][-1] == LARGE - 1 and value["last"].pop(1).is_nil()
+        found = [*value["list"], *value["again"], *value["by hand"].read(), *value["on the way"], *value["last"]]
+        return ray.get(found)
+
+    expected = [0, 1, 2, 1, 1, 2, 3, 3, 4, 5, 5, 0]
+    assert look(ray.get(ray.put(value))) == expected
+    assert ray.get(ray.remote(look).remote(value)) == expected
+    assert ray.get(ray.remote(lambda values: look(values[0])).remote([value])) == expected
+    del value, ones
+    is_empty()
+
+
 def test_get_timeout(ray, gate):
     @ray.remote
     def wait(gate):
