@@ -2,10 +2,10 @@
 
 It carries messages and objects between its node's shared memory and the other nodes.
 
-LINK-1 (low idle cost): after traffic it looks without a pause for ``SPIN_S``, which is longer than a call to another node and its
-answer take, and lets everybody else have its core first; then it looks at MPI every ``FIRST_PARK_S`` and sleeps on its lane in between.
-After ``LIVELY_S`` it sleeps until its doorbell is rung, which TCP does by itself and MPI with a datagram beside it
-(``transport.bells``). Where these do not arrive, it looks at growing intervals up to ``PARKS_S``.
+LINK-1 (low idle cost): after traffic it looks without a pause, for as long as that lately was worth it, and lets everybody else have its
+core first; at most ``SPIN_S``, which is longer than a call to another node and its answer take. Then it sleeps on its lane and looks at MPI
+at growing intervals, from ``FIRST_PARK_S`` to ``PARKS_S``. Where it need not look any more, it sleeps until its doorbell is rung, which TCP
+does by itself and MPI with a datagram beside it (``transport.bells``).
 LINK-2 (back-pressure): it does not drain its lane while more than ``BACKLOG_BYTES`` wait for slow peers; it always receives.
 LINK-3 (silent hosts): MPI does not tell of a host that has lost power or network. So the links of node 0 and of other hosts give signs
 of life; when they stay away the session ends, as MPI cannot go on without a host. Over TCP the transport sees to it.
@@ -45,14 +45,13 @@ from hpc_ray.protocol import (
 from hpc_ray.slurm import signals
 from hpc_ray.spilling import ObjectFiles
 from hpc_ray.transport import Event, PeerLost, TransferEnded, Transport
+from hpc_ray.transport.bells import next_spin_s
 from hpc_ray.version import __version__
 
 if TYPE_CHECKING:
     from hpc_ray.launcher.rank import Rank
 
-SPIN_S = 500e-6
 FIRST_PARK_S = 50e-6
-LIVELY_S = 2e-3  # after traffic: intervals do not grow yet, more may come
 PARK_S = 1e-3  # over TCP, while something is still to be sent
 PARKS_S = ((1.0, PARK_S), (5.0, 4e-3), (float("inf"), 8e-3))  # silent for less than this: the longest interval
 SLACK_NS = 1_000  # by how much the kernel may prolong a sleep; else as long as FIRST_PARK_S
@@ -172,17 +171,18 @@ class Link:
 
     def run(self) -> int:
         lane, transport, doorbell = self.lane, self.transport, self.doorbell
-        park = FIRST_PARK_S
+        park, spin = FIRST_PARK_S, 0.0
         quiet_since = time.monotonic()
         next_watch = 0.0
         ctypes.CDLL(None).prctl(_PR_SET_TIMERSLACK, SLACK_NS)
         while True:
             moved = slept = False
+            wait = park
             if lane is None:
                 time.sleep(0.0 if transport.busy else STANDBY_PARK_S)
                 lane = self.lane
             elif transport.backlog_bytes < BACKLOG_BYTES:
-                wait = 0.0 if transport.busy or time.monotonic() - quiet_since < SPIN_S else park
+                wait = 0.0 if transport.busy or time.monotonic() - quiet_since < spin else park
                 sleep = 0.0 if wait == 0.0 or self.stopping or doorbell is None else transport.sleep_s()
                 if sleep == 0.0 or doorbell is None:
                     envelopes = lane.receive_envelopes(wait, spin=False)
@@ -204,10 +204,11 @@ class Link:
                 self.part()  # the others know by now: this takes a while
             now = time.monotonic()
             if moved or self.arrived:
+                spin = next_spin_s(spin, now - quiet_since)
                 quiet_since, park = now, FIRST_PARK_S
-            elif now - quiet_since < SPIN_S:
+            elif wait == 0.0:
                 os.sched_yield()  # to whom it may carry something next
-            elif now - quiet_since >= LIVELY_S:
+            else:
                 park = min(park * 1.2, next(longest for silence, longest in PARKS_S if now - quiet_since < silence))
             if now >= next_watch or (slept and not moved and not self.arrived):  # perhaps somebody else has rung
                 next_watch = now + WATCH_S

@@ -16,11 +16,18 @@ from __future__ import annotations
 import secrets
 import socket
 
-QUIET_S = 1e-3
+QUIET_S = 200e-6
+LIVELY_S = 2 * QUIET_S  # after a message: more may come without a ring
+SPIN_S = 500e-6  # so long one looks without a pause, at most
 MISSES = 3
 _TOKEN_BYTES = 8
 
 Bell = tuple[str, int, bytes]  # host, port, and what a datagram must say
+
+
+def next_spin_s(spin_s: float, silence_s: float) -> float:
+    """How long to look without a pause from now on, after something came that had been waited for so long."""
+    return min(SPIN_S, max(spin_s, 2 * silence_s)) if silence_s < SPIN_S else spin_s / 2
 
 
 class Bells:

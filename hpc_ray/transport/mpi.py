@@ -22,14 +22,13 @@ from typing import Any
 from mpi4py import MPI
 
 from hpc_ray.transport import Deliver, Event, Objects, PeerLost, TransferEnded, Transport
-from hpc_ray.transport.bells import QUIET_S, Bells
+from hpc_ray.transport.bells import LIVELY_S, QUIET_S, Bells
 
 CHUNK_BYTES = 256 * 1024
 RING_SLOTS = 8
 WINDOW = 4
 PIECE_BYTES = 4 << 20
 PIECES_AHEAD = 4
-LIVELY_S = 2 * QUIET_S  # after a message: more may come without a ring
 SLEEP_S = 0.05
 
 _FRAME = struct.Struct("<QQI")

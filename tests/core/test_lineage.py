@@ -116,7 +116,7 @@ def test_what_must_not_be_repeated_is_not_remembered(ray):
 
 @pytest.fixture
 def far(ray):
-    """Makes a cluster whose second node has the resource ``far``; the value takes that node away, does ``between``, and brings a new one."""
+    """Makes a cluster whose second node has the resource ``far``; its value takes that node away, calls ``between``, brings another."""
     from hpc_ray.cluster_utils import Cluster
 
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 2}, connect=True)
