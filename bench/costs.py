@@ -32,12 +32,13 @@ from hpc_ray.launcher import world
 from hpc_ray.machine import Journal
 from hpc_ray.protocol import ReportResources, decode, encode
 from hpc_ray.simulator.costs import Costs, Prices
-from hpc_ray.simulator.process import SLICE_S
+from hpc_ray.simulator.process import ASLEEP_S, SLICE_S
 from hpc_ray.simulator.roles import units_of
 
 HERE = Path(__file__).parent
 SIZES = (2, 16, 100, 1000)
 ACTORS = 48
+SMALL = ReportResources(3, 7, {"CPU": 20_000, "memory": 10**13}, {"CPU": 10_000, "memory": 10**13}, [])
 
 
 def per_call(what: Any, count: int, rounds: int = 9) -> float:
@@ -54,9 +55,8 @@ def per_call(what: Any, count: int, rounds: int = 9) -> float:
 def lanes() -> dict[str, float]:
     segment = _core.Segment(node=0, arena_bytes=1 << 26)
     us, them = segment.open_lane(20), segment.open_lane(21)
-    small = ReportResources(3, 7, {"CPU": 20_000, "memory": 10**13}, {"CPU": 10_000, "memory": 10**13}, [])
     large = ReportResources(3, 7, {f"CPU_group_{i:032}": 10_000 for i in range(200)}, {}, [])
-    data, more = encode(small), encode(large)
+    data, more = encode(SMALL), encode(large)
     size, extra = len(data), len(more) - len(data)
 
     def send(payload: bytes) -> float:
@@ -74,8 +74,8 @@ def lanes() -> dict[str, float]:
     both, both_large = send(data), send(more)
     decode_small, decode_large = per_call(lambda: decode(data), 2000), per_call(lambda: decode(more), 500)
     found = {
-        "encode_s": per_call(lambda: encode(small), 2000),
-        "encode_byte_s": max(0.0, per_call(lambda: encode(large), 500) - per_call(lambda: encode(small), 2000)) / extra,
+        "encode_s": per_call(lambda: encode(SMALL), 2000),
+        "encode_byte_s": max(0.0, per_call(lambda: encode(large), 500) - per_call(lambda: encode(SMALL), 2000)) / extra,
         "send_s": both / 2,
         "send_byte_s": max(0.0, both_large - both) / extra / 2,
         "receive_s": both / 2 + decode_small,
@@ -85,7 +85,8 @@ def lanes() -> dict[str, float]:
     found["bytes_of_a_message"] = size
     them.close(0)
     us.close(0)
-    found["wake_s"] = woken()
+    found["wake_s"] = max(0.0, woken(0.0005, 2000) - found["receive_s"])
+    found["idle_s"] = max(0.0, woken(ASLEEP_S, 15) - found["receive_s"] - found["wake_s"])
     found["ring_s"] = rung()
     return found
 
@@ -98,8 +99,8 @@ def rung() -> float:
         return per_call(lambda: here.sendto(b"8 bytes.", address), 100)
 
 
-def woken(rounds: int = 2000) -> float:
-    """Processor time of a process that sleeps on its lane, runs, and sleeps again, besides what it does."""
+def woken(gap_s: float, rounds: int) -> float:
+    """Processor time of a process that sleeps on its lane for so long, runs, and sleeps again: it takes a message, as roles do."""
     segment = _core.Segment(node=0, arena_bytes=1 << 26)
     us = segment.open_lane(20)
     pid = os.fork()
@@ -108,21 +109,25 @@ def woken(rounds: int = 2000) -> float:
             them = segment.open_lane(21)
             us_address = _core.make_address(0, 20, 1)
             them.send(us_address, b"ready")
-            begin, turns, got = time.thread_time(), 0, 0
+            found: list[float] = []
+            got = 0
             while got < rounds:
-                got += len(them.receive(5.0))
-                turns += 1
-            spent = (time.thread_time() - begin) / turns
-            them.send(us_address, repr(spent).encode())
+                begin = time.thread_time()
+                messages = [decode(data) for _, data in them.receive(5.0)]
+                got += len(messages)
+                if messages:
+                    found.append(time.thread_time() - begin)
+            them.send(us_address, repr(statistics.median(found)).encode())
             them.close(1)
         finally:
             os._exit(0)
     while not us.receive(1.0):
         pass
     them_address = _core.make_address(0, 21, 1)
+    data = encode(SMALL)
     for _ in range(rounds):
-        us.send(them_address, b"x")
-        time.sleep(0.0005)
+        time.sleep(gap_s)
+        us.send(them_address, data)
     answer = us.receive(5.0)
     os.waitpid(pid, 0)
     assert answer, "the process that was woken did not answer"
@@ -209,7 +214,13 @@ def links() -> dict[str, float]:
     many = found["many"]
     each = [(found["many_s"][i] - found["one_s"][i]) / (many - 1) for i in (0, 1)]
     chunk = [found["one_s"][i] - each[i] for i in (0, 1)]
-    return {"link_out_s": each[0], "link_in_s": each[1], "link_chunk_s": sum(chunk) / 2, "link_look_s": found["empty_s"]}
+    return {
+        "link_out_s": each[0],
+        "link_in_s": each[1],
+        "link_chunk_s": sum(chunk) / 2,
+        "link_look_s": found["empty_s"],
+        "link_wake_s": found["woken_s"] - found["empty_s"],
+    }
 
 
 def derived(found: dict[str, Any], events: Any) -> tuple[dict[str, float], dict[str, Any]]:
@@ -232,9 +243,10 @@ def derived(found: dict[str, Any], events: Any) -> tuple[dict[str, float], dict[
     prices = {
         **{key: lane[key] for key in ("turn_s", "receive_s", "receive_byte_s", "encode_s", "encode_byte_s", "send_s", "send_byte_s")},
         "wake_s": lane["wake_s"],
+        "idle_s": lane["idle_s"],
         "ring_s": lane["ring_s"],
         "link_turn_s": link["link_look_s"],
-        **{key: link[key] for key in ("link_out_s", "link_in_s", "link_chunk_s")},
+        **{key: link[key] for key in ("link_wake_s", "link_out_s", "link_in_s", "link_chunk_s")},
         "link_byte_s": moved["cpu"]["link"] / moved["size"] / 2,  # the sending link only looks, meanwhile
         "commit_s": found["commit_s"],
         "submit_s": 0.6 * task["driver"],

@@ -1,7 +1,7 @@
 """What carrying messages costs a link: two ranks, each with a node's shared memory, for ``bench.costs``.
 
-``mpirun -n 2 python links.py``. Rank 0 prints one line of JSON: processor seconds of a look at lane and MPI that finds nothing, and of
-turns that carry 1 and ``MANY`` messages, at both ends. The loop is ``launcher.link.Link.run``'s.
+``mpirun -n 2 python links.py``. Rank 0 prints one line of JSON: processor seconds of a look at lane and MPI that finds nothing, of one
+after a short sleep, and of turns that carry 1 and ``MANY`` messages, at both ends. The loop is ``launcher.link.Link.run``'s.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from mpi4py import MPI  # noqa: E402
 
 from hpc_ray import _core  # noqa: E402
 from hpc_ray.ids import LINK_LANE, address_of  # noqa: E402
+from hpc_ray.launcher.link import FIRST_PARK_S  # noqa: E402
 from hpc_ray.transport.mpi import MPITransport  # noqa: E402
 
 MANY = 64
@@ -53,12 +54,12 @@ class End:
             self.transport.send(1 - self.node, source, destination, payload)
         self.transport.poll()
 
-    def empty_s(self) -> float:
+    def empty_s(self, sleep_s: float, count: int) -> float:
         begin = time.thread_time()
-        for _ in range(2000):
-            self.lane.receive_envelopes(0.0, spin=False)
+        for _ in range(count):
+            self.lane.receive_envelopes(sleep_s, spin=False)
             self.transport.poll()
-        return (time.thread_time() - begin) / 2000
+        return (time.thread_time() - begin) / count
 
     def rounds(self, count: int) -> tuple[float, float]:
         """Ping-pong of so many messages at once: seconds for what goes out and for what comes in; lower quartiles, for other
@@ -95,10 +96,11 @@ class End:
 def main() -> None:
     end = End()
     end.rounds(1)
-    one, many, empty = end.rounds(1), end.rounds(MANY), end.empty_s()
+    one, many = end.rounds(1), end.rounds(MANY)
+    empty, woken = end.empty_s(0.0, 2000), end.empty_s(FIRST_PARK_S, 400)
     MPI.COMM_WORLD.Barrier()
     if end.node == 0:
-        print(json.dumps({"empty_s": empty, "one_s": one, "many_s": many, "many": MANY}), flush=True)
+        print(json.dumps({"empty_s": empty, "woken_s": woken, "one_s": one, "many_s": many, "many": MANY}), flush=True)
     MPI.COMM_WORLD.Barrier()
     end.transport.close(5.0)
     end.user.close(0)

@@ -34,8 +34,10 @@ class Prices(msgspec.Struct, frozen=True, kw_only=True):
     send_byte_s: float = 0.0
     wake_s: float = 0.0  # a process that slept runs again: so much of a core, before anything else
     cold_s: float = 0.0  # and so much more where others have had the cores since it last ran: its caches are theirs
+    idle_s: float = 0.0  # and so much more where nobody has had them for long: the machine itself has gone to sleep
     commit_s: float = 0.0  # the GCS's journal takes what one event has changed
     link_turn_s: float = 0.0  # a link looks at its lane and at MPI
+    link_wake_s: float = 0.0  # as wake_s, of a link
     link_out_s: float = 0.0  # and takes a message out of the node
     link_in_s: float = 0.0  # or into it
     ring_s: float = 0.0  # wakes another one, where they have been quiet

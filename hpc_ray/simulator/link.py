@@ -9,14 +9,14 @@ from typing import TYPE_CHECKING, Any
 from hpc_ray.ids import LINK_LANE, address_of, node_of
 from hpc_ray.protocol import TransferDone, TransferObject
 from hpc_ray.simulator.process import Process
-from hpc_ray.transport.bells import QUIET_S
+from hpc_ray.transport.bells import LIVELY_S, QUIET_S, next_spin_s
 
 if TYPE_CHECKING:
     from hpc_ray.simulator.cluster import Simulator
     from hpc_ray.simulator.roles import Raylet
 
 
-SPIN_S, FIRST_PARK_S, LIVELY_S = 500e-6, 50e-6, 2e-3  # as launcher.link's
+FIRST_PARK_S = 50e-6  # as launcher.link's
 LOOKS_S = 10e-6  # while it looks without a pause: so many looks are one turn
 
 
@@ -30,11 +30,14 @@ class Link(Process):
         self._out: dict[int, list[tuple[int, int, Any]]] = {}
         self._arrived: list[tuple[float, Callable[[], None]]] = []
         self._quiet_since = -1.0
+        self._spin_s = 0.0
+        self._giving = 0  # objects of ours that are on their way
+        self._taken: list[Link] = []  # of these links, with this turn
         self._told: dict[int, float] = {}  # when it last exchanged something with each node
         self._looks = 0  # number of the look that is planned; when something comes before, another one is
         self._watching = False  # a look is planned
         if simulator.prices is not None:
-            self.turn_s = simulator.prices.link_turn_s
+            self.turn_s, self.wake_s = simulator.prices.link_turn_s, simulator.prices.link_wake_s
 
     # -- messages
 
@@ -45,7 +48,7 @@ class Link(Process):
         self.do_later(prices.link_out_s, lambda: self._carry(source, destination, message, prices.link_chunk_s))
 
     def _carry(self, source: int, destination: int, message: Any, chunk_s: float) -> None:
-        self._quiet_since = self.simulator.now
+        self._moved()
         node = node_of(destination)
         if node not in self._out:
             self._out[node] = []
@@ -83,10 +86,16 @@ class Link(Process):
     def is_restless(self) -> bool:
         """It looks without a pause, which takes a core from others where they share one. Giving way each time helps them little: the
         kernel gives it back soon."""
-        return self.simulator.shared and self.simulator.now - self._quiet_since < SPIN_S
+        return self.simulator.shared and (self._giving > 0 or self.simulator.now - self._quiet_since < self._spin_s)
+
+    def _moved(self) -> None:
+        self._spin_s = next_spin_s(self._spin_s, self.simulator.now - self._quiet_since)
+        self._quiet_since = self.simulator.now
 
     def end_turn(self) -> None:
         super().end_turn()
+        while self._taken:
+            self._taken.pop()._giving -= 1
         out, self._out = self._out, {}
         simulator = self.simulator
         for node, messages in out.items():
@@ -103,7 +112,8 @@ class Link(Process):
         self.notice(seconds, lambda: self._deliver(messages))
 
     def _deliver(self, messages: list[tuple[int, int, Any]]) -> None:
-        self._quiet_since = self._told[node_of(messages[0][0])] = self.simulator.now
+        self._moved()
+        self._told[node_of(messages[0][0])] = self.simulator.now
         for source, destination, message in messages:
             self.simulator.hand_over(source, destination, message)
 
@@ -118,10 +128,10 @@ class Link(Process):
         simulator = self.simulator
         quiet = simulator.now - self._quiet_since
         if quiet < LIVELY_S:
-            simulator.after(0.0 if quiet < SPIN_S else FIRST_PARK_S * simulator.random.random(), self.wake)
+            simulator.after(0.0 if quiet < self._spin_s else FIRST_PARK_S * simulator.random.random(), self.wake)
         else:  # its doorbell's thread wakes it, which has slept as long
             assert simulator.prices is not None
-            self._arrived.append((simulator.prices.wake_s + simulator.prices.cold_s, _nothing))
+            self._arrived.append((simulator.prices.link_wake_s + simulator.prices.cold_s, _nothing))
             self.wake()
 
     def rest(self) -> None:
@@ -148,9 +158,15 @@ class Link(Process):
         end = simulator.reserve_network(message.source_node, self.raylet.node, message.size)
         seconds = message.size * simulator.prices.link_byte_s
         simulator.at(end, lambda: self.notice(seconds, lambda: self._done(message)))
+        giver = simulator.links[message.source_node]
+        giver._giving += 1
+        if giver.alive:
+            giver.wake()
 
     def _done(self, message: TransferObject) -> None:
         origin = self.simulator.raylets.get(message.source_node)
+        if self.simulator.prices is not None:
+            self._taken.append(self.simulator.links[message.source_node])
         error = ""
         if origin is None or not origin.alive:
             error = f"node {message.source_node} is dead"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import heapq
 import itertools
+import math
 from collections import deque
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
@@ -16,7 +17,9 @@ if TYPE_CHECKING:
 
 OTHERS_S = 3e-3  # other programs have a core for so long at a time
 SLICE_S = 1e-3  # and ours while others wait
-FORGOTTEN_S = 1e-3  # after so much work of others on each core nothing of a process is left in the caches
+FORGOTTEN_S = 0.5e-3  # after so much work of others on each core nothing of a process is left in the caches
+ASLEEP_S = 0.3  # after so long without any work a machine is as slow to wake as it ever is
+AWAKE_S = 6e-3  # and after so much work it is by a factor of e less so (measured with processes that wake one another)
 
 
 class Host:
@@ -28,9 +31,12 @@ class Host:
         self.simulator = simulator
         self.free = cores
         self.ready: list[tuple[float, int, Process]] = []  # heap, by what they have had
-        self._cold_s = simulator.prices.cold_s
-        self._forgotten_s = FORGOTTEN_S * cores
+        self._cold_s, self._idle_s = simulator.prices.cold_s, simulator.prices.idle_s
+        self._cores = cores
         self._ran_s = 0.0  # all of them
+        self._running = 0
+        self._rested_at = simulator.now  # when the last of them was done
+        self._asleep = 0.0  # how far the machine sleeps: 0 … 1
         self._had_s = 0.0  # by who got a core last: who has slept does not make up for it
         self._order = itertools.count()
         self._away_s = OTHERS_S * ours / (1 - ours) if ours < 1 else 0.0
@@ -66,9 +72,18 @@ class Host:
             if process.alive:
                 self.free -= 1
                 process.slice_s = 0.0
-                self._run(process, self._cold_s * min(1.0, (self._ran_s - process.saw_s) / self._forgotten_s))
+                self._run(process, self._waking_s(process))
+
+    def _waking_s(self, process: Process) -> float:
+        """What it takes more, since others have run meanwhile, or nobody."""
+        if not self._running:
+            self._asleep = min(1.0, self._asleep + (self.simulator.now - self._rested_at) / ASLEEP_S)
+        others_s = (self._ran_s - process.saw_s) / self._cores
+        nobody_s = max(0.0, self.simulator.now - process.ran_at - others_s)
+        return self._cold_s * min(1.0, others_s / FORGOTTEN_S) + self._idle_s * self._asleep * min(1.0, nobody_s / ASLEEP_S)
 
     def _run(self, process: Process, cold_s: float) -> None:
+        self._running += 1
         if not process.left_s:
             process.left_s = process.take_turn()
         seconds = min(process.left_s, SLICE_S)
@@ -81,7 +96,10 @@ class Host:
 
     def _end(self, process: Process, seconds: float) -> None:
         self._ran_s += seconds
-        process.saw_s = self._ran_s
+        self._running -= 1
+        self._rested_at = self.simulator.now
+        self._asleep *= math.exp(-seconds / AWAKE_S)
+        process.saw_s, process.ran_at = self._ran_s, self.simulator.now
         if process.alive:
             if not process.left_s:
                 process.end_turn()
@@ -111,9 +129,11 @@ class Process:
         self.had_s = 0.0  # of its host's cores, since everybody has had as much
         self.left_s = 0.0  # of its turn
         self.slice_s = 0.0  # it has had its core for so long now
-        self.saw_s = 0.0  # what its host's processes had run when it last did
+        self.ran_at = simulator.now  # when it last had a core
+        self.saw_s = 0.0  # and what its host's processes had run by then
         simulator.processes[address] = self
         if simulator.prices is not None:
+            self.wake_s = simulator.prices.wake_s
             self.host = simulator.host_of(node_of(address))
             self.inbox: deque[tuple[float, Callable[[], None]]] = deque()
             self.outbox: list[tuple[int, Any]] = []
@@ -148,8 +168,7 @@ class Process:
     def wake(self) -> None:
         if not self.awake:
             self.awake = True
-            assert self.simulator.prices is not None
-            self._waking_s = self.simulator.prices.wake_s
+            self._waking_s = self.wake_s
             self.host.add(self)
 
     def take_turn(self) -> float:
