@@ -110,7 +110,18 @@ def _rebuild_custom(deserializer: Callable, state: Any) -> Any:
     return deserializer(state)
 
 
+_FILENAME = 10  # of the arguments of types.CodeType
+
+
+def _reduce_code(code: types.CodeType) -> Any:
+    """With the name of the file that it is from, which cloudpickle has left out since 3.1.3: tracebacks show lines of it."""
+    make, arguments = cloudpickle.Pickler.dispatch_table[types.CodeType](code)
+    return make, (*arguments[:_FILENAME], "".join(code.co_filename), *arguments[_FILENAME + 1 :])  # a copy, as cloudpickle's of other names
+
+
 class _Pickler(cloudpickle.Pickler):  # type: ignore[misc]
+    dispatch_table = cloudpickle.Pickler.dispatch_table.new_child({types.CodeType: _reduce_code})
+
     def __init__(self, file: io.BytesIO, buffers: list, contained: list):
         super().__init__(file, protocol=5, buffer_callback=buffers.append)
         self.contained = contained

@@ -45,3 +45,10 @@ def test_a_serializer_for_a_plain_class_is_heeded():
         assert serialize.plain_value(1) is not None
     finally:
         serialize.deregister_serializer(str)
+
+
+def test_code_knows_its_file():
+    """Whoever reads a traceback of a function that travelled by value sees its lines."""
+    function = serialize.loads(serialize.dumps(lambda: serialize))
+    assert function.__code__.co_filename == __file__
+    assert function.__code__.co_firstlineno == test_code_knows_its_file.__code__.co_firstlineno + 2
