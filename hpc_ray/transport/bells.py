@@ -6,6 +6,8 @@ all has been quiet for longer than that, and it has looked once more since.
 BELLS-1 (held up): any process may lose its core between any two steps. So who sends counts from before it sent, and asks once more
 afterwards whether it should ring; who receives counts from the earliest moment at which its library can have taken the message. And who
 wants to sleep counts from the latest: when it saw that something had moved, also that a message of its own had been taken.
+BELLS-2 (slow networks): a message may be under way for longer than that allows for. So who sends rings again, more and more rarely, for
+as long as it has not been taken.
 
 Datagrams may be dropped, or not let through between hosts. Whoever finds ``MISSES`` messages in a row that did not ring believes no
 bell any more, and looks at short intervals.

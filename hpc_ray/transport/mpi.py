@@ -44,7 +44,7 @@ _TAG_OBJECT = 16  # and up: one per transfer
 class _Peer:
     """What we know of one other node."""
 
-    __slots__ = ("bytes_out", "last", "lost", "node", "out", "partial", "rank", "sends")
+    __slots__ = ("bytes_out", "last", "lost", "node", "out", "partial", "patience_s", "rank", "ring_at", "sends")
 
     def __init__(self, node: int, rank: int):
         self.node = node
@@ -54,6 +54,8 @@ class _Peer:
         self.out: deque[Any] = deque()  # pieces of the stream
         self.bytes_out = 0
         self.sends: deque[tuple[MPI.Request, Any]] = deque()  # with their memory
+        self.ring_at = 0.0  # when it shall be woken, if it has not taken the first of them by then
+        self.patience_s = LIVELY_S  # and how long to wait after that
         self.partial = bytearray()  # start of a frame whose rest comes with the next chunk
 
 
@@ -155,15 +157,22 @@ class MPITransport(Transport):
         moved = False
         for peer in list(self._sending):
             try:
+                before = len(peer.sends)
                 while peer.sends and peer.sends[0][0].Test():
                     peer.sends.popleft()
+                if len(peer.sends) < before:
                     moved = True
+                    self._be_patient(peer)
+                elif before and self._polled > peer.ring_at:
+                    self._ring_again(peer)
                 while peer.bytes_out and len(peer.sends) < WINDOW:
-                    before = self._ring_if_quiet(peer)
+                    now = self._ring_if_quiet(peer)
                     chunk = self._next_chunk(peer)
+                    if not peer.sends:
+                        self._be_patient(peer)
                     peer.sends.append((self._comm.Issend([chunk, MPI.BYTE], peer.rank, _TAG_STREAM), chunk))
                     self._ring_if_quiet(peer)  # somebody else may have had our core since
-                    peer.last = max(peer.last, before)
+                    peer.last = max(peer.last, now)
                     moved = True
             except MPI.Exception as error:
                 self._on_error(error, peer)
@@ -179,6 +188,18 @@ class MPITransport(Transport):
             self._bells.ring(peer.node)
             peer.last = now
         return now
+
+    def _be_patient(self, peer: _Peer) -> None:
+        """With a peer that has just taken something, or is just sent something."""
+        peer.patience_s = LIVELY_S
+        peer.ring_at = self._polled + LIVELY_S
+
+    def _ring_again(self, peer: _Peer) -> None:
+        """It may have gone to sleep while our message was under way (BELLS-2). More and more rarely, for it may be just slow."""
+        if self._bells is not None:
+            self._bells.ring(peer.node)
+        peer.patience_s *= 2
+        peer.ring_at = self._polled + peer.patience_s
 
     # -- messages in
 

@@ -175,6 +175,29 @@ def test_who_sleeps_is_woken_by_a_message(bells):
     assert node.transport.close(LIMIT_S)
 
 
+def test_who_fell_asleep_while_a_message_was_under_way_is_woken(bells):
+    """BELLS-2: the sender did not ring, as they had exchanged something just before; it rings when the message is not taken."""
+    node = Node(bells)
+    others = range(1, node.nodes)
+    node.drive(lambda: node.transport.sleep_s() > 0)
+    node.world.Barrier()
+    if node.node == 0:
+        for _ in others:  # is out of MPI, and asleep
+            select.select([node.transport.fileno()], [], [], LIMIT_S)
+            bells._socket.recv(64)
+        for other in others:
+            node.transport._peers[other].last = time.monotonic() + LIMIT_S
+            node.transport.send(other, 0, other, b"wake up")
+        node.drive(lambda: not node.transport._sending)
+    else:
+        bells.ring(0)
+        woken, _, _ = select.select([node.transport.fileno()], [], [], LIMIT_S)
+        assert woken
+        node.drive(lambda: bool(node.received))
+    node.meet()
+    assert node.transport.close(LIMIT_S)
+
+
 def test_bells_that_do_not_ring_are_believed_no_longer(bells):
     """Datagrams that are lost: the messages arrive all the same, and their receiver does not sleep any more."""
     node = Node(bells)
