@@ -1,6 +1,7 @@
 """How near hpc_ray comes to what the hardware allows: ``python -m bench.bare``.
 
 - tasks that only compute, on all cores, beside a pool of ``multiprocessing``: what of the cores the runtime takes;
+- the talks' rollouts and evolution strategies, beside a pool and a loop in one process: what there is to be had of their arithmetic;
 - a large array into the object store, beside numpy's copy of it;
 - a large object to another virtual node, beside Send and Recv of bare mpi4py.
 
@@ -15,7 +16,7 @@ import json
 import statistics
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from rich.console import Console
 from rich.table import Table
@@ -24,12 +25,23 @@ from bench import engines
 from bench.core import RESULTS, machine, named_pythons
 from bench.engines import run_script
 
-TITLES = {  # part of floor.py: what it is, and what the figure of each side means
-    "compute": ("tasks that only compute, on all cores", "{:.0f} tasks/s"),
-    "put": ("{} MiB into the store", "{:.2f} GB/s"),
-    "send": ("{} MiB to another virtual node", "{:.2f} GB/s"),
+
+class Part(NamedTuple):
+    """Of floor.py."""
+
+    title: str
+    text: str  # what the figure of each side means
+    unit: float  # so much of what floor.py counts is one
+    bare: str
+
+
+PARTS = {
+    "compute": Part("tasks that only compute, on all cores", "{:.0f} tasks/s", 1, "multiprocessing.Pool"),
+    "rollouts": Part("rollouts, bulk-synchronous", "{:.0f} steps/s", 1, "multiprocessing.Pool"),
+    "evolution": Part("evolution strategies, one worker", "{:.0f} steps/s", 1, "one process"),
+    "put": Part("{} MiB into the store", "{:.2f} GB/s", 1e9, "numpy's copy"),
+    "send": Part("{} MiB to another virtual node", "{:.2f} GB/s", 1e9, "mpi4py's Send and Recv"),
 }
-BARE = {"compute": "multiprocessing.Pool", "put": "numpy's copy", "send": "mpi4py's Send and Recv"}
 
 
 def measure(python: Path, rounds: int, turns: int, mib: int) -> dict[str, dict[str, Any]]:
@@ -38,7 +50,7 @@ def measure(python: Path, rounds: int, turns: int, mib: int) -> dict[str, dict[s
     Raises:
         RuntimeError: a script failed.
     """
-    found: dict[str, dict[str, Any]] = {part: {"ours": [], "bare": [], "first": []} for part in TITLES}
+    found: dict[str, dict[str, Any]] = {part: {"ours": [], "bare": [], "first": []} for part in PARTS}
     for _ in range(turns):
         for part, row in found.items():
             told = run_script("hpc_ray", python, "floor.py", part, "--rounds", str(rounds), "--mib", str(mib))
@@ -66,12 +78,11 @@ def main() -> int:
     shown = Table(title=f"{date}, {where['cpu']}, {where['cores']} cores")
     for column in ("", "hpc_ray", "bare", "", "of it"):
         shown.add_column(column, justify="left" if not column else "right", no_wrap=True)
-    for part, (title, text) in TITLES.items():
-        row = found[part]
-        scale = row["units"] / (1 if part == "compute" else 1e9)
-        ours, other = (scale / statistics.median(row[side]) for side in ("ours", "bare"))
+    for name, part in PARTS.items():
+        row = found[name]
+        ours, other = (row["units"] / part.unit / statistics.median(row[side]) for side in ("ours", "bare"))
         row["share"] = ours / other
-        shown.add_row(title.format(given.mib), text.format(ours), text.format(other), BARE[part], f"{row['share']:.1%}")
+        shown.add_row(part.title.format(given.mib), part.text.format(ours), part.text.format(other), part.bare, f"{row['share']:.1%}")
     console.print(shown)
     out = given.out or RESULTS / f"bare-{date}"
     out.parent.mkdir(parents=True, exist_ok=True)

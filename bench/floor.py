@@ -6,6 +6,7 @@ Prints one line of JSON.
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import multiprocessing
 import os
@@ -13,6 +14,8 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+
+os.environ["OMP_NUM_THREADS"] = "1"  # for each process, on either side; numpy asks when it is imported
 
 import numpy as np
 
@@ -37,6 +40,15 @@ def told(ours: list[float], bare: list[float], units: int) -> dict:
     return {"ours": ours[1:], "bare": bare[1:], "first": ours[0], "units": units}
 
 
+Parts = tuple[tuple[list[float], Callable[[], object]], ...]  # of each side: seconds found, and what takes them
+
+
+def in_turn(parts: Parts, rounds: int) -> None:
+    for number in range(rounds + 1):
+        for found, part in parts if number % 2 else reversed(parts):
+            found.append(took_s(part))
+
+
 def compute(rounds: int, size: int) -> dict:
     """Tasks that compute, on all cores: seconds of each round, in turn by us and by a pool of processes."""
     import hpc_ray as ray
@@ -51,11 +63,61 @@ def compute(rounds: int, size: int) -> dict:
             (ours, lambda: ray.get([task.remote(some) for some in steps])),
             (pools, lambda: pool.map(work, steps, chunksize=1)),
         )
-        for number in range(rounds + 1):
-            for found, part in parts if number % 2 else reversed(parts):
-                found.append(took_s(part))
+        in_turn(parts, rounds)
         ray.shutdown()
     return told(ours, pools, len(steps))
+
+
+def rollouts(rounds: int, size: int) -> dict:
+    """The talks' rollouts, each with a policy that is larger than the caches, by tasks and by a pool of processes that have it already."""
+    import programs
+
+    import hpc_ray as ray
+
+    cores, policy = len(os.sched_getaffinity(0)), programs.Policy(programs.WIDTH)
+    work = list(enumerate(programs.lengths(programs.ROLLOUTS)))
+    ours, pools = [], []
+    run = functools.partial(programs.rollout, policy)
+    with multiprocessing.get_context("fork").Pool(cores, _have, (run,)) as pool:
+        ray.init(address="local", num_cpus=cores, include_dashboard=False)
+        task, reference = ray.remote(programs.rollout), ray.put(policy)
+        parts = (
+            (ours, lambda: ray.get([task.remote(reference, *one) for one in work])),
+            (pools, lambda: pool.starmap(_rollout, work, chunksize=1)),
+        )
+        in_turn(parts, rounds)
+        ray.shutdown()
+    return told(ours, pools, sum(steps for _, steps in work))
+
+
+def _have(run: Callable[..., int]) -> None:
+    globals()["run"] = run
+
+
+def _rollout(*arguments: int) -> int:
+    found: int = globals()["run"](*arguments)
+    return found
+
+
+def evolution(rounds: int, size: int) -> dict:
+    """The talks' evolution strategies with one worker, and the same without any, in one process."""
+    import programs
+
+    import hpc_ray as ray
+
+    ray.init(address="local", num_cpus=1, include_dashboard=False)
+    worker, alone = programs.actor(ray, programs.Evaluator), programs.Evaluator()
+
+    def by_worker(weights: np.ndarray, seeds: range) -> list[int]:
+        policy = ray.put(weights)
+        return ray.get([worker.evaluate.remote(policy, seed) for seed in seeds])
+
+    ours, bare = [], []
+    for _ in range(rounds + 1):
+        ours.append(1 / programs.evolve(by_worker, 1, 0.3))
+        bare.append(1 / programs.evolve(lambda weights, seeds: [alone.evaluate(weights, seed) for seed in seeds], 1, 0.3))
+    ray.shutdown()
+    return told(ours, bare, 1)
 
 
 def put(rounds: int, size: int) -> dict:
@@ -131,7 +193,7 @@ def ranks(rounds: int, size: int) -> list[float]:
 
 def main() -> None:
     parser = argparse.ArgumentParser()
-    parser.add_argument("part", choices=("compute", "put", "send", "ranks"))
+    parser.add_argument("part", choices=("compute", "rollouts", "evolution", "put", "send", "ranks"))
     parser.add_argument("--rounds", type=int, default=10)
     parser.add_argument("--mib", type=int, default=256)
     arguments = parser.parse_args()

@@ -560,21 +560,21 @@ def lengths(count):
     return np.random.default_rng(1).integers(*STEPS, count).tolist()
 
 
+def rollout(policy, seed, steps):
+    """A whole one, which evaluates the policy for itself."""
+    robot = Robot(seed)
+    for _ in range(steps):
+        robot.move(float(policy.forces(robot.state[None])[0]))
+    return steps
+
+
 @row("rollouts, bulk-synchronous", "steps/s")
 def rollouts_bsp(ray):
-    """Each task is a whole rollout and evaluates the policy for itself; the next batch starts when all have ended."""
-
-    @ray.remote
-    def rollout(policy, seed, steps):
-        robot = Robot(seed)
-        for _ in range(steps):
-            robot.move(float(policy.forces(robot.state[None])[0]))
-        return steps
-
-    policy = ray.put(Policy(WIDTH))
+    """Each task is a whole rollout; the next batch starts when all have ended."""
+    task, policy = ray.remote(rollout), ray.put(Policy(WIDTH))
 
     def step():
-        return sum(sum(ray.get([rollout.remote(policy, i, steps) for i, steps in enumerate(lengths(ROLLOUTS))])) for _ in range(2))
+        return sum(sum(ray.get([task.remote(policy, i, steps) for i, steps in enumerate(lengths(ROLLOUTS))])) for _ in range(2))
 
     return step
 
@@ -624,35 +624,52 @@ def rollouts_fine(ray):
     return step
 
 
+def noise_of(seed):
+    return np.random.default_rng(seed).normal(0, 0.5, 4)
+
+
+class Evaluator:
+    """Tries noisy versions of a policy."""
+
+    def small_value(self):
+        return b"ok"
+
+    def evaluate(self, policy, seed):
+        """How many steps the robot stays upright."""
+        weights = policy + noise_of(seed)
+        robot, steps = Robot(seed), 0
+        while steps < 50 and not robot.fallen:
+            robot.move(float(robot.state @ weights))
+            steps += 1
+        return steps
+
+
+def evolve(evaluate, count, seconds):
+    """``evaluate(policy, seeds)`` gives the reward of each; only seeds and rewards travel. Steps a second of so many workers."""
+    weights, seed, steps = np.zeros(4), 0, 0
+    start = time.perf_counter()
+    while (passed := time.perf_counter() - start) < seconds:
+        seeds = range(seed, seed + 10 * count)
+        rewards = np.array(evaluate(weights, seeds))
+        noise = np.stack([noise_of(i) for i in seeds])
+        weights = weights + 0.1 * ((rewards - rewards.mean()) / (rewards.std() + 1e-9)) @ noise / len(seeds)
+        seed, steps = seed + len(seeds), steps + int(rewards.sum())
+    return steps / passed
+
+
 @row("evolution strategies", "steps/s", figures=True)
 def evolution(ray, seconds):
-    """Workers try noisy versions of a policy; only seeds and rewards travel back. Rates by number of workers."""
-
-    class Worker:
-        def small_value(self):
-            return b"ok"
-
-        def evaluate(self, policy, seed):
-            weights = policy + np.random.default_rng(seed).normal(0, 0.5, 4)
-            robot, steps = Robot(seed), 0
-            while steps < 50 and not robot.fallen:
-                robot.move(float(robot.state @ weights))
-                steps += 1
-            return steps
-
+    """Rates by number of workers."""
     counts = [1 << i for i in range(N.bit_length()) if 1 << i <= max(2, os.cpu_count() or 2)]
     found = {}
     for count in counts:
-        workers = [actor(ray, Worker) for _ in range(count)]
-        weights, seed, steps = np.zeros(4), 0, 0
-        start = time.perf_counter()
-        while (passed := time.perf_counter() - start) < seconds / len(counts):
-            policy, seeds = ray.put(weights), range(seed, seed + 10 * count)
-            rewards = np.array(ray.get([workers[i % count].evaluate.remote(policy, i) for i in seeds]))
-            noise = np.stack([np.random.default_rng(i).normal(0, 0.5, 4) for i in seeds])
-            weights = weights + 0.1 * ((rewards - rewards.mean()) / (rewards.std() + 1e-9)) @ noise / len(seeds)
-            seed, steps = seed + len(seeds), steps + int(rewards.sum())
-        found[f"{count} workers"] = steps / passed
+        workers = [actor(ray, Evaluator) for _ in range(count)]
+
+        def evaluate(weights, seeds, workers=workers):
+            policy = ray.put(weights)
+            return ray.get([workers[i % len(workers)].evaluate.remote(policy, i) for i in seeds])
+
+        found[f"{count} workers"] = evolve(evaluate, count, seconds / len(counts))
     return found
 
 

@@ -72,6 +72,6 @@ def test_bare_compares_with_the_machine_itself(tmp_path):
     found = bench(tmp_path, "--rounds", "1", "--turns", "1", "--mib", "16", runner="bare")
     assert found.returncode == 0, found.stdout + found.stderr
     parts = json.loads((tmp_path / "found.json").read_text())["parts"]
-    assert set(parts) == {"compute", "put", "send"}
+    assert set(parts) == {"compute", "rollouts", "evolution", "put", "send"}
     assert all(len(row["ours"]) == len(row["bare"]) == 1 and row["share"] > 0 for row in parts.values())
     assert "16 MiB to another virtual node" in (tmp_path / "found.txt").read_text()
