@@ -15,8 +15,6 @@ import sys
 import time
 from collections.abc import Callable
 
-os.environ["OMP_NUM_THREADS"] = "1"  # for each process, on either side; numpy asks when it is imported
-
 import numpy as np
 
 STEPS = 1_500_000  # of a task that computes: about 50 ms
