@@ -73,19 +73,19 @@ def rollouts(rounds: int, size: int) -> dict:
     import hpc_ray as ray
 
     cores, policy = len(os.sched_getaffinity(0)), programs.Policy(programs.WIDTH)
-    work = list(enumerate(programs.lengths(programs.ROLLOUTS)))
+    todo = list(enumerate(programs.lengths(programs.ROLLOUTS)))
     ours, pools = [], []
     run = functools.partial(programs.rollout, policy)
     with multiprocessing.get_context("fork").Pool(cores, _have, (run,)) as pool:
         ray.init(address="local", num_cpus=cores, include_dashboard=False)
         task, reference = ray.remote(programs.rollout), ray.put(policy)
         parts = (
-            (ours, lambda: ray.get([task.remote(reference, *one) for one in work])),
-            (pools, lambda: pool.starmap(_rollout, work, chunksize=1)),
+            (ours, lambda: ray.get([task.remote(reference, *one) for one in todo])),
+            (pools, lambda: pool.starmap(_rollout, todo, chunksize=1)),
         )
         in_turn(parts, rounds)
         ray.shutdown()
-    return told(ours, pools, sum(steps for _, steps in work))
+    return told(ours, pools, sum(steps for _, steps in todo))
 
 
 def _have(run: Callable[..., int]) -> None:

@@ -24,8 +24,9 @@ import pickle
 import struct
 import threading
 import types
+from collections import ChainMap
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import cloudpickle
 import msgspec
@@ -92,6 +93,9 @@ def _next_of_this_data() -> Callable[[], Any]:
     return _session.references.__next__
 
 
+_NEXT = _Next(), ()
+
+
 def register_serializer(cls: type, *, serializer: Callable, deserializer: Callable) -> None:
     """Use ``serializer(object) -> picklable`` and ``deserializer(picklable) -> object`` for exactly this class.
 
@@ -120,25 +124,26 @@ def _reduce_code(code: types.CodeType) -> Any:
 
 
 class _Pickler(cloudpickle.Pickler):  # type: ignore[misc]
-    dispatch_table = cloudpickle.Pickler.dispatch_table.new_child({types.CodeType: _reduce_code})
+    _first, *_others = cloudpickle.Pickler.dispatch_table.maps  # one map more would cost something for each object
+    dispatch_table: ClassVar[ChainMap[Any, Any]] = ChainMap({**_first, types.CodeType: _reduce_code}, *_others)
 
     def __init__(self, file: io.BytesIO, buffers: list, contained: list):
         super().__init__(file, protocol=5, buffer_callback=buffers.append)
         self.contained = contained
         self.ids: list[bytes] = []  # of the references that go out of band
-        self._next = _Next(), ()
 
     def reducer_override(self, obj: Any) -> Any:
-        if type(obj) is _Batch.cls and self.contained:  # one alone is faster in the pickle
+        kind = type(obj)
+        custom = _custom.get(kind)
+        if custom is not None:
+            return _rebuild_custom, (custom[1], custom[0](obj))
+        if kind is _Batch.cls and self.contained:  # one alone is faster in the pickle
             object_id = _Batch.id_of(obj)
             if object_id is None:
                 return NotImplemented
             self.ids.append(object_id)
             self.contained.append(obj)
-            return self._next
-        custom = _custom.get(type(obj))
-        if custom is not None:
-            return _rebuild_custom, (custom[1], custom[0](obj))
+            return _NEXT
         return super().reducer_override(obj)
 
 

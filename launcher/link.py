@@ -177,7 +177,7 @@ class Link:
         ctypes.CDLL(None).prctl(_PR_SET_TIMERSLACK, SLACK_NS)
         while True:
             moved = slept = False
-            wait = park
+            wait = 0.0
             if lane is None:
                 time.sleep(0.0 if transport.busy else STANDBY_PARK_S)
                 lane = self.lane

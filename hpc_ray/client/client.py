@@ -1013,14 +1013,12 @@ class Client:
         """References that came from elsewhere, 0.2 µs each; those that are borrowed are on loan (OBJ-2)."""
         objects = self.objects
         known, meet = objects.entries.get, objects.meet
-        references, borrowed = [], []
+        entries, borrowed = [], []
         with self.lock:
             for object_id in object_ids:
                 entry = known(object_id) or meet(object_id)
                 entry.count += 1
-                reference = new_reference(ObjectRef)
-                reference._entry = entry
-                references.append(reference)
+                entries.append(entry)
                 if not entry.owned and not entry.added:
                     borrowed.append(entry)
             if borrowed:
@@ -1028,6 +1026,11 @@ class Client:
                     self._loading.loans.extend(borrowed)
                 else:
                     objects.register(borrowed)
+        references = []
+        for entry in entries:  # without the lock: the collector may run here, and finalisers of the user's
+            reference = new_reference(ObjectRef)
+            reference._entry = entry
+            references.append(reference)
         return references
 
     def _leak(self, entry: Entry) -> None:

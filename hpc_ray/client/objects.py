@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from hpc_ray.client.refs import ObjectRef
-from hpc_ray.exceptions import ObjectFreedError, ObjectLostError, ObjectReconstructionFailedError, OwnerDiedError
+from hpc_ray.exceptions import ObjectLostError, ObjectReconstructionFailedError, OwnerDiedError
 from hpc_ray.ids import PUT_INDEX, index_of, node_of, owner_of, raylet_address
 from hpc_ray.protocol import (
     AddBorrower,
@@ -290,12 +290,6 @@ class ObjectTable:
             for node, handles in doomed.items():
                 self.client.send(raylet_address(node), DeleteCopies(handles))
 
-    def free_now(self, entry: Entry) -> None:
-        """Drop the value though references exist; their ``get`` raises ObjectFreedError."""
-        if entry.state == READY:
-            self.delete_copies(entry)
-            entry.result = Result(ERROR, dumps(ObjectFreedError(entry.id.hex(), owner_of(entry.id))))
-
     # -------------------------------------------------------------- loans (OBJ-2)
 
     def register(self, loans: Iterable[Entry], keep: Iterable[Entry] = ()) -> set[bytes]:
@@ -460,7 +454,7 @@ class ObjectTable:
         if entry is None:
             return
         entry.pulling = False
-        if entry.state == READY:  # else the death of that node came first, and it is being made again
+        if entry.state == READY and entry.places:  # else the death of that node came first, and it has been made again, or is to be
             self.lost_at(entry, message.node)
         self.client.pulled(entry)
 

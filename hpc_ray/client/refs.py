@@ -12,7 +12,7 @@ from collections import deque
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any, Generic, NoReturn, TypeVar
 
-from hpc_ray.ids import JobID, TaskID
+from hpc_ray.ids import OBJECT_ID_BYTES, JobID, TaskID
 from hpc_ray.serialize import batch_references, note_contained
 
 if TYPE_CHECKING:
@@ -25,10 +25,14 @@ T = TypeVar("T")
 released: deque[Any] = deque()
 
 
+def _not_connected(object_ids: Iterable[bytes]) -> NoReturn:
+    raise RuntimeError("an ObjectRef can only be unpickled in a process that is connected to its session")
+
+
 class _Hooks:
     """Set by the client that is connected; see ``install``."""
 
-    meet: Callable[[Iterable[bytes]], list[ObjectRef]]
+    meet: Callable[[Iterable[bytes]], list[ObjectRef]] = _not_connected
     add_done_callback: Callable[[Any, Callable], None] | None = None
     get: Callable[[ObjectRef], Any] | None = None
     leak: Callable[[Any], None] | None = None
@@ -56,7 +60,6 @@ def install(
     _Hooks.parked = meet is None
     _Hooks.meet, _Hooks.add_done_callback, _Hooks.get = meet or _not_connected, add_done_callback, get
     _Hooks.leak, _Hooks.unpark = leak, unpark
-    batch_references(ObjectRef, _id_of, _Hooks.meet)
     if meet is None:
         released.clear()
 
@@ -68,22 +71,22 @@ def set_parked(parked: bool) -> None:
 def _entry_of(data: Any) -> Any:
     if not isinstance(data, bytes):
         raise TypeError(f"ObjectRef is made from bytes, not {type(data).__name__}")
-    if len(data) != 28:
-        raise ValueError(f"ObjectRef has 28 bytes, got {len(data)}")
-    if _Hooks.get is None or data == _NIL:
+    if len(data) != OBJECT_ID_BYTES:
+        raise ValueError(f"ObjectRef has {OBJECT_ID_BYTES} bytes, got {len(data)}")
+    if _Hooks.meet is _not_connected or data == _NIL:
         return _Name(data)
-    reference = _Hooks.meet([data])[0]
+    reference = _rebuild(data)
     entry = reference._entry
     reference._entry = _Name(data)  # its hold passes to the new reference
     return entry
 
 
-def _not_connected(object_ids: Iterable[bytes]) -> NoReturn:
-    raise RuntimeError("an ObjectRef can only be unpickled in a process that is connected to its session")
+def _meet(object_ids: Iterable[bytes]) -> list[ObjectRef]:
+    return _Hooks.meet(object_ids)
 
 
 def _rebuild(object_id: bytes) -> ObjectRef:
-    return _Hooks.meet((object_id,))[0]
+    return _meet((object_id,))[0]
 
 
 def _id_of(reference: ObjectRef) -> bytes | None:
@@ -106,7 +109,7 @@ class _Name:
         )
 
 
-_NIL = b"\xff" * 28
+_NIL = b"\xff" * OBJECT_ID_BYTES
 
 
 class ObjectRef(Generic[T]):
@@ -163,7 +166,7 @@ class ObjectRef(Generic[T]):
 
     @classmethod
     def size(cls) -> int:
-        return 28
+        return OBJECT_ID_BYTES
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, ObjectRef) and self._entry.id == other._entry.id
@@ -209,7 +212,7 @@ class ObjectRef(Generic[T]):
         _Hooks.add_done_callback(self._entry, callback)
 
 
-install()
+batch_references(ObjectRef, _id_of, _meet)
 new_reference: Callable[[type[ObjectRef]], ObjectRef] = object.__new__  # for hot paths: ``_entry`` is to be set
 
 

@@ -127,7 +127,7 @@ class Link(Process):
             return
         simulator = self.simulator
         quiet = simulator.now - self._quiet_since
-        if quiet < LIVELY_S:
+        if quiet < max(LIVELY_S, self._spin_s):
             simulator.after(0.0 if quiet < self._spin_s else FIRST_PARK_S * simulator.random.random(), self.wake)
         else:  # its doorbell's thread wakes it, which has slept as long
             assert simulator.prices is not None
@@ -150,6 +150,7 @@ class Link(Process):
 
     def receive(self, source: int, message: Any) -> None:
         assert isinstance(message, TransferObject), message
+        self._moved()
         simulator = self.simulator
         if simulator.prices is None:
             delay = simulator.costs.network_s + message.size / simulator.costs.bytes_per_s
@@ -164,6 +165,7 @@ class Link(Process):
             giver.wake()
 
     def _done(self, message: TransferObject) -> None:
+        self._moved()
         origin = self.simulator.raylets.get(message.source_node)
         if self.simulator.prices is not None:
             self._taken.append(self.simulator.links[message.source_node])

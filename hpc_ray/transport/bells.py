@@ -7,7 +7,8 @@ BELLS-1 (held up): any process may lose its core between any two steps. So who s
 afterwards whether it should ring; who receives counts from the earliest moment at which its library can have taken the message. And who
 wants to sleep counts from the latest: when it saw that something had moved, also that a message of its own had been taken.
 BELLS-2 (slow networks): a message may be under way for longer than that allows for. So who sends rings again, more and more rarely, for
-as long as it has not been taken.
+as long as it has not been taken. (Where the network itself takes messages for a process that sleeps, there is nothing to be seen of that:
+there a message that was under way for longer than QUIET_S, which such networks hardly know, waits for the next look.)
 
 Datagrams may be dropped, or not let through between hosts. Whoever finds ``MISSES`` messages in a row that did not ring believes no
 bell any more, and looks at short intervals.

@@ -757,8 +757,8 @@ class TCPTransport(Transport):
         for peer in list(self._peers.values()):
             if peer.lost:
                 continue
-            if held_up > 0:
-                peer.deadline += held_up
+            if held_up > 0:  # but who has been heard of just now, or is not due before, needs no more time
+                peer.deadline = max(peer.deadline, min(peer.deadline + held_up, now + self.timeout_s))
             if peer.connection is None:
                 if now > peer.deadline:
                     self.lose(peer.node, f"it was not connected within {self.connect_timeout_s:g} s")

@@ -12,7 +12,7 @@ import pytest
 from hpc_ray import exceptions
 from hpc_ray.client import context
 from hpc_ray.client.objects import State
-from hpc_ray.protocol import PullFailed
+from hpc_ray.protocol import PullFailed, Result, ResultKind
 
 LARGE = 200_000  # bytes; beyond what travels in messages
 
@@ -166,6 +166,12 @@ def test_the_death_of_a_node_is_heard_of_before_the_end_of_a_fetch(ray, far, eve
 
         far(fetch_fails)
         assert got.result()[0] == 1
+    again = client.packer.lineage[entry.task.id].attempt
+    error = Result(ResultKind.ERROR, b"what it ended with when it was made again")
+    entry.result, entry.places = error, None
+    with client.lock:
+        client.objects.on_pull_failed(client.raylet, PullFailed(entry.id, node, "gone"))
+    assert entry.state == State.READY and entry.result is error and client.packer.lineage[entry.task.id].attempt == again
 
 
 def test_why_a_result_cannot_be_made_again(ray, far):
