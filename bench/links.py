@@ -18,7 +18,7 @@ from mpi4py import MPI  # noqa: E402
 
 from hpc_ray import _core  # noqa: E402
 from hpc_ray.ids import LINK_LANE, address_of  # noqa: E402
-from hpc_ray.launcher.link import FIRST_PARK_S  # noqa: E402
+from hpc_ray.transport.bells import FIRST_PARK_S  # noqa: E402
 from hpc_ray.transport.mpi import MPITransport  # noqa: E402
 
 MANY = 64

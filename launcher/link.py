@@ -45,13 +45,12 @@ from hpc_ray.protocol import (
 from hpc_ray.slurm import signals
 from hpc_ray.spilling import ObjectFiles
 from hpc_ray.transport import Event, PeerLost, TransferEnded, Transport
-from hpc_ray.transport.bells import next_spin_s
+from hpc_ray.transport.bells import FIRST_PARK_S, next_spin_s
 from hpc_ray.version import __version__
 
 if TYPE_CHECKING:
     from hpc_ray.launcher.rank import Rank
 
-FIRST_PARK_S = 50e-6
 PARK_S = 1e-3  # over TCP, while something is still to be sent
 PARKS_S = ((1.0, PARK_S), (5.0, 4e-3), (float("inf"), 8e-3))  # silent for less than this: the longest interval
 SLACK_NS = 1_000  # by how much the kernel may prolong a sleep; else as long as FIRST_PARK_S

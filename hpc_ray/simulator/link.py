@@ -9,14 +9,13 @@ from typing import TYPE_CHECKING, Any
 from hpc_ray.ids import LINK_LANE, address_of, node_of
 from hpc_ray.protocol import TransferDone, TransferObject
 from hpc_ray.simulator.process import Process
-from hpc_ray.transport.bells import LIVELY_S, QUIET_S, next_spin_s
+from hpc_ray.transport.bells import FIRST_PARK_S, LIVELY_S, QUIET_S, next_spin_s
 
 if TYPE_CHECKING:
     from hpc_ray.simulator.cluster import Simulator
     from hpc_ray.simulator.roles import Raylet
 
 
-FIRST_PARK_S = 50e-6  # as launcher.link's
 LOOKS_S = 10e-6  # while it looks without a pause: so many looks are one turn
 
 

@@ -22,6 +22,7 @@ import socket
 QUIET_S = 200e-6
 LIVELY_S = 2 * QUIET_S  # after a message: more may come without a ring
 SPIN_S = 500e-6  # so long one looks without a pause, at most
+FIRST_PARK_S = 50e-6  # and then with pauses, which grow from here
 MISSES = 3
 _TOKEN_BYTES = 8
 

@@ -30,6 +30,7 @@ WINDOW = 4
 PIECE_BYTES = 4 << 20
 PIECES_AHEAD = 4
 SLEEP_S = 0.05
+RUNG_S = 4 * LIVELY_S  # who was not rung for before it slept has been rung for again by then (BELLS-2)
 
 _FRAME = struct.Struct("<QQI")
 _FETCH = struct.Struct("<BIQQ")  # code, tag, handle, size
@@ -407,7 +408,8 @@ class MPITransport(Transport):
         if self._asleep and self._bells is not None:
             rung = self._bells.heard()
             moved = self._pull()
-            self._bells.judge(moved, rung)
+            if rung or self._polled - before > RUNG_S:  # else a ring may still be under way, and somebody of our own node has woken us
+                self._bells.judge(moved, rung)
             self._asleep = False
         else:
             moved = self._pull()
