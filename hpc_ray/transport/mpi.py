@@ -29,7 +29,7 @@ RING_SLOTS = 8
 WINDOW = 4
 PIECE_BYTES = 4 << 20
 PIECES_AHEAD = 4
-SLEEP_S = 0.05
+SLEEP_S = 0.2
 RUNG_S = 4 * LIVELY_S  # who was not rung for before it slept has been rung for again by then (BELLS-2)
 
 _FRAME = struct.Struct("<QQI")
