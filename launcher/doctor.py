@@ -24,7 +24,7 @@ import click
 from hpc_ray.launcher import facts as facts_module
 from hpc_ray.launcher import pairing, session, world
 from hpc_ray.launcher.facts import Facts
-from hpc_ray.launcher.rank import Watchdog
+from hpc_ray.launcher.rank import Watchdog, start_mpi
 from hpc_ray.slurm import commands
 from hpc_ray.version import __version__
 
@@ -378,7 +378,7 @@ def in_ranks(place: world.Rank, limit_s: float) -> tuple[list[Facts], dict[str, 
     mpi4py.rc.initialize = mpi4py.rc.finalize = False
     from mpi4py import MPI
 
-    MPI.Init_thread(MPI.THREAD_FUNNELED)
+    start_mpi(MPI, place.launcher)
     ranks = MPI.COMM_WORLD
     files = session.shared_files(place.rank, everything=ranks.size == 1)
     try:

@@ -63,6 +63,21 @@ class Watchdog:
                     os._exit(self._code)
 
 
+def start_mpi(mpi: Any, launcher: str) -> None:
+    """MPI_Init, for the main thread alone."""
+    found: dict[str, str] = {}
+    major = pairing.open_mpi_major(mpi.Get_library_version())
+    if major and world.on_one_host(dict(os.environ)):
+        found |= world.one_host_settings(major, alone=True)
+    if launcher == "srun":
+        found |= world.srun_settings(major)
+    settings = {name: text for name, text in found.items() if name not in os.environ}
+    os.environ.update(settings)
+    mpi.Init_thread(mpi.THREAD_FUNNELED)
+    for name in settings:
+        del os.environ[name]  # they are for us alone
+
+
 def facts(local_rank: int) -> dict[str, Any]:
     """What the others must know of this process."""
     return {
@@ -191,7 +206,7 @@ class Rank:
         if problem:
             raise LaunchError(problem)
         library = pairing.name_of(MPI.Get_library_version())
-        self.initialise(pairing.open_mpi_major(MPI.Get_library_version()))
+        start_mpi(MPI, self.place.launcher)
         self.world = MPI.COMM_WORLD
         self.world.Set_errhandler(MPI.ERRORS_RETURN)
         if self.world.Get_size() != promised:
@@ -204,17 +219,6 @@ class Rank:
                 f"{self.place.launcher} says that this is rank {self.place.rank}, MPI ({library}) says "
                 f"{self.world.Get_rank()}: launcher and library do not belong together. {pairing.ADVICE}"
             )
-
-    def initialise(self, open_mpi: int) -> None:
-        """``open_mpi``: its major version, or 0."""
-        settings: dict[str, str] = {}
-        if open_mpi and world.on_one_host(dict(os.environ)):
-            found = world.one_host_settings(open_mpi, alone=True)
-            settings = {name: text for name, text in found.items() if name not in os.environ}
-        os.environ.update(settings)
-        self.MPI.Init_thread(self.MPI.THREAD_FUNNELED)
-        for name in settings:
-            del os.environ[name]  # they are for us alone
 
     def roles(self) -> None:
         """Everybody learns who leads a node; node ``i`` is led by ``self.leaders[i]``."""

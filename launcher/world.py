@@ -85,6 +85,19 @@ def one_host_settings(major: int, *, alone: bool) -> dict[str, str]:
     return {"OMPI_MCA_btl": f"self,{'sm' if major >= 5 else 'vader'}{'' if alone else ',tcp'}"}
 
 
+def srun_settings(major: int) -> dict[str, str]:
+    """Variables for ranks of that Open MPI which srun starts; a pure function.
+
+    In Open MPI 5 a rank that still is in a barrier of MPI_Init looks for messages there before it has MPI_COMM_WORLD, and dies of a
+    segmentation fault when one that has left it sends (open-mpi/ompi#12495, #13559; one start of a hundred on busy hosts). These leave the
+    barriers out: whoever sends first asks for the other's address, and waits until there is one. All three are needed; with a barrier
+    in the background (the first alone) several ranks on a host can hang.
+    """
+    if major < 5:
+        return {}
+    return {"OMPI_MCA_pmix_base_async_modex": "1", "OMPI_MCA_pmix_base_collect_data": "0", "OMPI_MCA_async_mpi_init": "1"}
+
+
 def make_plan(
     options: dict[str, Any],
     *,

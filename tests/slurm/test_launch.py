@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import shutil
+import subprocess
 from pathlib import Path
 
 import pytest
 from slurm_programs import HOSTS, INNER
 from slurm_site import HPC_RAY
+
+from hpc_ray.launcher import pairing
 
 pytestmark = [pytest.mark.slurm, pytest.mark.timeout(100)]
 
@@ -26,6 +30,18 @@ def test_srun(slurm, hosts, options):
     ended = slurm.run("srun", f"--mpi={slurm.mpi}", "-N2", *options, HPC_RAY, "run", hosts)
     right(ended)
     assert f"2 nodes, {2 * int(options[0][-1])} ranks" in ended.stderr
+
+
+def test_a_rank_that_is_late_in_mpi_init(slurm, hosts):
+    """The others have left MPI_Init's barrier, and send, while it is still in it."""
+    if pairing.open_mpi_major(slurm.library) < 5:
+        pytest.skip("only Open MPI 5 looks for messages there before it has MPI_COMM_WORLD")
+    if (compiler := shutil.which("cc") or shutil.which("gcc") or shutil.which("g++")) is None:
+        pytest.skip("there is no C compiler")
+    library = slurm.folder / "late_barrier.so"
+    source = Path(__file__).with_name("late_barrier.c")
+    subprocess.run([compiler, "-xc", "-shared", "-fPIC", "-o", library, source, "-ldl", "-lpthread"], check=True)
+    right(slurm.run("srun", f"--export=ALL,LD_PRELOAD={library}", "--mpi=pmix", "-N2", HPC_RAY, "run", hosts))
 
 
 def test_programs_that_a_script_starts_are_no_ranks(slurm):
