@@ -4,7 +4,7 @@ Bytes, never policy: no MPI, no CUDA, no knowledge of tasks. Built from ``hpc_ra
 who owns memory, which thread may call, and the invariants by name (``LANE-1``, ``STORE-1`` …).
 
 Used by the transport, the client and worker (hot path), the raylet (``mark_dead``, ``reclaim``) and the link
-(``forward``, ``receive_envelopes``).
+(``forward_frames``, ``receive_frames``).
 
 Addresses are integers: ``node (16 bits) << 48 | lane index (16) << 32 | incarnation (32)``. Indices below 16 are for
 well-known roles; to those, incarnation 0 means "whoever is there now or comes next". Handles of objects are integers
@@ -28,6 +28,12 @@ LANE_DEAD: Final[int]
 def make_address(node: int, index: int, incarnation: int) -> int: ...
 def split_address(address: int, /) -> tuple[int, int, int]:
     """(node, lane index, incarnation)."""
+
+def pack_frame(src: int, dest: int, payload: Buffer) -> bytes:
+    """A message as it travels between nodes."""
+
+def split_frames(frames: Buffer) -> tuple[int, list[tuple[int, int, bytes]]]:
+    """(Bytes taken, [(source, destination, payload)]) of frames one after the other, of which the last one need not be whole."""
 
 def set_parent_death_signal(signal: int) -> None:
     """The calling process gets `signal` when the *thread* that forked it ends; 0 turns that off."""
@@ -155,8 +161,16 @@ class Lane:
             ValueError: the address cannot be.
         """
 
-    def forward(self, src: int, dest: int, payload: Buffer) -> int:
-        """`send` for the link: the receiver sees `src` as the sender; `dest` must be of this node."""
+    def forward_frames(self, frames: Buffer) -> tuple[int, list[tuple[int, int, bytes]]]:
+        """`send` for the link: frames as `receive_frames` gives them, from other nodes, to lanes of this node, where their sources count
+        as the senders. The last frame need not be whole.
+
+        Returns:
+            How many bytes the whole frames took; and (source, destination, payload) of those for the link's own lane or another node.
+
+        Raises:
+            ValueError: an address cannot be. The frames before it have been sent.
+        """
 
     def flush(self) -> int:
         """Move waiting frames into the rings as far as there is room; bytes left. Every receive does it as needed."""
@@ -176,10 +190,8 @@ class Lane:
             [] on time-out, after `wake`, and when the lane is closed meanwhile.
         """
 
-    def receive_envelopes(
-        self, timeout_s: float | None = None, limit: int = 256, spin: bool = True
-    ) -> list[tuple[int, int, bytes]]:
-        """`receive` with the destination: [(source, destination, payload)]. For the link."""
+    def receive_frames(self, timeout_s: float | None = None, limit: int = 256, spin: bool = True) -> list[tuple[int, bytes]]:
+        """`receive` for the link, by the node that frames are for: [(node, frames)], its own node's too. See `split_frames`."""
 
     def receive_background(self, deadline: float | None = None, limit: int = 1024) -> list[tuple[int, bytes]]:
         """The io thread's receive: takes what the foreground thread leaves lying. Call it from one thread only.

@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from hpc_ray import _core
-from hpc_ray.ids import GCS_ADDRESS, LINK_LANE, address_of, node_of, raylet_address
+from hpc_ray.ids import GCS_ADDRESS, LINK_LANE, address_of, raylet_address
 from hpc_ray.launcher import channel, relay, session
 from hpc_ray.launcher.attachment import Attachment
 from hpc_ray.launcher.doorbell import Doorbell
@@ -57,6 +57,7 @@ SLACK_NS = 1_000  # by how much the kernel may prolong a sleep; else as long as 
 STANDBY_PARK_S = 0.01
 WATCH_S = 0.02  # between looks at the driver, the node and the control channel
 BACKLOG_BYTES = 64 << 20
+LITTLE_BYTES = 1 << 10  # a single call or answer: whom it is for goes before our next look
 FINALIZE_S = 5.0
 LOST_S = 0.5  # for MPI to end, when a host is lost and it cannot
 
@@ -184,18 +185,18 @@ class Link:
                 wait = 0.0 if transport.busy or time.monotonic() - quiet_since < spin else park
                 sleep = 0.0 if wait == 0.0 or self.stopping or doorbell is None else transport.sleep_s()
                 if sleep == 0.0 or doorbell is None:
-                    envelopes = lane.receive_envelopes(wait, spin=False)
+                    received = lane.receive_frames(wait, spin=False)
                 else:
                     doorbell.arm()
-                    envelopes = lane.receive_envelopes(sleep, spin=False)
+                    received = lane.receive_frames(sleep, spin=False)
                     doorbell.disarm()
                     slept, park = True, FIRST_PARK_S
-                if envelopes:
+                if received:
                     moved = True
-                    self.send_all(envelopes)
+                    self.send_all(received)
             elif doorbell is not None and not transport.busy:
                 doorbell.wait(PARK_S)
-            self.arrived = False
+            self.arrived = 0
             for event in transport.poll():
                 self.on_event(event)
                 moved = True
@@ -205,6 +206,8 @@ class Link:
             if moved or self.arrived:
                 spin = next_spin_s(spin, now - quiet_since)
                 quiet_since, park = now, FIRST_PARK_S
+                if 0 < self.arrived <= LITTLE_BYTES:
+                    os.sched_yield()  # to whom it was for
             elif wait == 0.0:
                 os.sched_yield()  # to whom it may carry something next
             else:
@@ -234,14 +237,18 @@ class Link:
             return os.WEXITSTATUS(status) if os.WIFEXITED(status) else 128 + os.WTERMSIG(status)
         return self.code
 
-    def send_all(self, envelopes: list[tuple[int, int, bytes]]) -> None:
-        for source, destination, payload in envelopes:
-            node = node_of(destination)
-            if node != self.node:
-                if node not in self.gone and self.transport.reaches(node):
-                    self.transport.send(node, source, destination, payload)
-            else:
-                self.on_local(payload)
+    def send_all(self, received: list[tuple[int, bytes]]) -> None:
+        for node, frames in received:
+            if node == self.node:
+                for _, _, payload in _core.split_frames(frames)[1]:
+                    self.on_local(payload)
+            elif node not in self.gone and self.transport.reaches(node):
+                self.transport.send_frames(node, frames)
+
+    def forward(self, frames: Any) -> tuple[int, list[tuple[int, int, bytes]]]:
+        """What has come from other nodes, to its lanes (``transport.Forward``)."""
+        self.arrived += len(frames)
+        return self.lane.forward_frames(frames) if self.node_alive else _core.split_frames(frames)
 
     def on_local(self, payload: bytes) -> None:
         """From our own raylet to us."""
@@ -262,14 +269,10 @@ class Link:
         elif isinstance(message, Shutdown) and self.node == 0:
             self.stop(message.reason)
 
-    def on_message(self, node: int, source: int, destination: int, payload: Any) -> None:
-        """From another node; the payload is valid during the call."""
-        self.arrived = True
+    def on_message(self, node: int, source: int, destination: int, data: bytes) -> None:
+        """From the link of another node."""
         if destination != self.address:
-            if self.node_alive:
-                self.lane.forward(source, destination, payload)
-            return
-        data = bytes(payload)
+            return  # for a node that is gone
         if data[:1] == _STOP:
             self.stop(data[1:].decode())
         elif data[:1] == _ALIVE:

@@ -213,6 +213,7 @@ class Member(rank_module.Rank):
             heartbeat_s=self.settings.heartbeat_s,
             timeout_s=self.settings.heartbeat_timeout_s,
             connect_timeout_s=self.settings.start_timeout_s,
+            forward=bridge.forward,
         )
 
 

@@ -13,6 +13,7 @@
 #include <cmath>
 #include <system_error>
 
+#include "frames.h"
 #include "lane.h"
 #include "mapped_file.h"
 #include "process.h"
@@ -55,20 +56,20 @@ class Payload {
 // Collects frames as bytes objects (BIND-1); lists and tuples are made after the locks are gone.
 class Collector final : public FrameSink {
   public:
-    bool take(u64 src, u64 dest, const char* payload, u64 bytes) override {
+    bool take(u64 src, u64, const char* payload, u64 bytes) override {
         PyObject* object = PyBytes_FromStringAndSize(payload, Py_ssize_t(bytes));
         if (!object) {
             failed_ = true;
             return false;
         }
-        frames_.push_back({src, dest, object});
+        frames_.push_back({src, object});
         return true;
     }
     ~Collector() {
         for (Taken& frame : frames_) Py_XDECREF(frame.payload);
     }
-    // [(src, payload)] or [(src, dest, payload)]
-    nb::object list(bool envelopes) {
+    // [(src, payload)]
+    nb::object result() {
         check();
         nb::object result = nb::steal(PyList_New(Py_ssize_t(frames_.size())));
         if (!result.is_valid()) throw nb::python_error();
@@ -80,11 +81,10 @@ class Collector final : public FrameSink {
                 src = nb::steal(PyLong_FromUnsignedLongLong(frame.src));
                 src_value = frame.src;
             }
-            PyObject* tuple = PyTuple_New(envelopes ? 3 : 2);
+            PyObject* tuple = PyTuple_New(2);
             if (!tuple || !src.is_valid()) throw nb::python_error();
             PyTuple_SET_ITEM(tuple, 0, nb::object(src).release().ptr());
-            if (envelopes) PyTuple_SET_ITEM(tuple, 1, PyLong_FromUnsignedLongLong(frame.dest));
-            PyTuple_SET_ITEM(tuple, envelopes ? 2 : 1, frame.payload);
+            PyTuple_SET_ITEM(tuple, 1, frame.payload);
             frame.payload = nullptr;
             PyList_SET_ITEM(result.ptr(), Py_ssize_t(i), tuple);
         }
@@ -103,7 +103,7 @@ class Collector final : public FrameSink {
 
   private:
     struct Taken {
-        u64 src, dest;
+        u64 src;
         PyObject* payload;
     };
     void check() {
@@ -115,6 +115,58 @@ class Collector final : public FrameSink {
     std::vector<Taken> frames_;
     bool failed_ = false;
 };
+
+// Collects frames by the node that they are for.
+class Packer final : public FrameSink {
+  public:
+    bool take(u64 src, u64 dest, const char* payload, u64 bytes) override {
+        const u32 node = address_node(dest);
+        try {
+            if (nodes_.empty() || nodes_[last_].node != node) find(node);
+            append_frame(nodes_[last_].frames, src, dest, payload, bytes);
+        } catch (const std::bad_alloc&) {
+            failed_ = true;
+            return false;
+        }
+        return true;
+    }
+    // [(node, frames)]
+    nb::object result() {
+        if (failed_ && nodes_.empty()) throw std::bad_alloc();  // else the next call meets it again
+        nb::list result;
+        for (const Node& node : nodes_)
+            if (!node.frames.empty()) result.append(nb::make_tuple(node.node, nb::bytes(node.frames.data(), node.frames.size())));
+        return result;
+    }
+    bool empty() const { return nodes_.empty() && !failed_; }
+
+  private:
+    struct Node {
+        u32 node;
+        std::string frames;
+    };
+    void find(u32 node) {
+        for (last_ = 0; last_ < nodes_.size(); last_++)
+            if (nodes_[last_].node == node) return;
+        nodes_.push_back({node, {}});
+    }
+    std::vector<Node> nodes_;
+    std::size_t last_ = 0;
+    bool failed_ = false;
+};
+
+// Takes the whole frames at the beginning: those that `forward` does not want become tuples. (bytes taken, tuples)
+template <typename Forward>
+nb::object take_frames(const Payload& data, Forward forward) {
+    nb::list others;
+    u64 taken = 0;
+    FrameView frame;
+    while (first_frame(data.data + taken, data.bytes - taken, frame)) {
+        if (!forward(frame)) others.append(nb::make_tuple(frame.src, frame.dest, nb::bytes(frame.payload, frame.bytes)));
+        taken += kFrameHeadBytes + frame.bytes;
+    }
+    return nb::make_tuple(taken, others);
+}
 
 i64 deadline_of(nb::handle timeout) {
     if (timeout.is_none()) return kNever;
@@ -129,10 +181,12 @@ void check_limit(u64 limit) {
     if (limit == 0) throw std::invalid_argument("limit must be at least 1");
 }
 
-nb::object receive_any(Lane& lane, nb::handle timeout, u64 limit, bool spin, bool envelopes) {
+// Collector or Packer.
+template <typename Sink>
+nb::object receive_any(Lane& lane, nb::handle timeout, u64 limit, bool spin) {
     lane.check();
     check_limit(limit);
-    Collector collector;
+    Sink collector;
     if (!lane.try_enter_foreground()) {
         i64 deadline = deadline_of(timeout);
         bool entered;
@@ -140,16 +194,16 @@ nb::object receive_any(Lane& lane, nb::handle timeout, u64 limit, bool spin, boo
             nb::gil_scoped_release released;
             entered = lane.enter_foreground(deadline);
         }
-        if (!entered) return collector.list(envelopes);
+        if (!entered) return collector.result();
     }
     struct Turn {
         Lane& lane;
         ~Turn() { lane.leave_foreground(); }
     } turn{lane};
     lane.drain(collector, limit, true);
-    if (!collector.empty()) return collector.list(envelopes);
+    if (!collector.empty()) return collector.result();
     const i64 deadline = deadline_of(timeout);
-    if (deadline != kNever && deadline <= monotonic_ns()) return collector.list(envelopes);
+    if (deadline != kNever && deadline <= monotonic_ns()) return collector.result();
     for (;;) {
         Wait outcome;
         {
@@ -159,13 +213,13 @@ nb::object receive_any(Lane& lane, nb::handle timeout, u64 limit, bool spin, boo
         switch (outcome) {
             case Wait::kReady:
                 lane.drain(collector, limit, true);
-                if (!collector.empty()) return collector.list(envelopes);
+                if (!collector.empty()) return collector.result();
                 break;
             case Wait::kInterrupted:
                 if (PyErr_CheckSignals() != 0) throw nb::python_error();
                 break;
             default:
-                return collector.list(envelopes);
+                return collector.result();
         }
     }
 }
@@ -181,9 +235,9 @@ nb::object receive_background(Lane& lane, nb::handle deadline_s, u64 limit) {
             nb::gil_scoped_release released;
             outcome = lane.wait_background(deadline);
         }
-        if (outcome != Wait::kReady) return collector.list(false);
+        if (outcome != Wait::kReady) return collector.result();
         lane.drain(collector, limit, false);
-        if (!collector.empty()) return collector.list(false);
+        if (!collector.empty()) return collector.result();
     }
 }
 
@@ -292,6 +346,18 @@ NB_MODULE(_core, m) {
     m.def("split_address", [](u64 address) {
         return nb::make_tuple(address_node(address), address_index(address), address_incarnation(address));
     });
+    m.def(
+        "pack_frame",
+        [](u64 src, u64 dest, nb::handle payload) {
+            Payload p(payload);
+            std::string frame;
+            append_frame(frame, src, dest, p.data, p.bytes);
+            return nb::bytes(frame.data(), frame.size());
+        },
+        nb::arg("src"), nb::arg("dest"), nb::arg("payload"));
+    m.def(
+        "split_frames", [](nb::handle frames) { return take_frames(Payload(frames), [](const FrameView&) { return false; }); },
+        nb::arg("frames"));
     m.def("set_parent_death_signal", &set_parent_death_signal, nb::arg("signal"));
     m.def("set_child_subreaper", &set_child_subreaper);
 
@@ -362,23 +428,27 @@ NB_MODULE(_core, m) {
             },
             nb::arg("dest"), nb::arg("payload"))
         .def(
-            "forward",
-            [](Lane& lane, u64 src, u64 dest, nb::handle payload) {
-                Payload p(payload);
-                return lane.forward(src, dest, p.data, p.bytes);
+            "forward_frames",
+            [](Lane& lane, nb::handle frames) {
+                return take_frames(Payload(frames), [&lane](const FrameView& frame) {
+                    if (address_node(frame.dest) != lane.segment().node() || address_index(frame.dest) == address_index(lane.address()))
+                        return false;
+                    lane.forward(frame.src, frame.dest, frame.payload, frame.bytes);
+                    return true;
+                });
             },
-            nb::arg("src"), nb::arg("dest"), nb::arg("payload"))
+            nb::arg("frames"))
         .def("flush", &Lane::flush)
         .def(
             "receive",
             [](Lane& lane, nb::handle timeout_s, u64 limit, bool spin) {
-                return receive_any(lane, timeout_s, limit, spin, false);
+                return receive_any<Collector>(lane, timeout_s, limit, spin);
             },
             nb::arg("timeout_s").none() = nb::none(), nb::arg("limit") = 256, nb::arg("spin") = true)
         .def(
-            "receive_envelopes",
+            "receive_frames",
             [](Lane& lane, nb::handle timeout_s, u64 limit, bool spin) {
-                return receive_any(lane, timeout_s, limit, spin, true);
+                return receive_any<Packer>(lane, timeout_s, limit, spin);
             },
             nb::arg("timeout_s").none() = nb::none(), nb::arg("limit") = 256, nb::arg("spin") = true)
         .def(

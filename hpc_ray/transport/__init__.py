@@ -1,8 +1,9 @@
 """Between nodes: the interface that a link drives.
 
 A transport moves messages (source and destination address, payload) and objects (arena to arena) between the nodes of a
-session. ``mpi`` is the one for worlds that end together, ``tcp`` the one for nodes that come and are lost, ``inprocess`` the one for
-tests and the simulator. It belongs to one thread, never blocks except in ``close``, and does its work in ``poll``.
+session. ``mpi`` is the one for worlds that end together, ``tcp`` the one for nodes that come and are lost. It belongs to one thread,
+never blocks except in ``close``, and does its work in ``poll``. What many messages need is done in C++ (``native/frames.h``): from
+lane to transport and back they are frames, one after the other.
 
 TRANSPORT-1 (order): messages to one node arrive in the order of ``send``, each once.
 TRANSPORT-2 (bounded): what a slow peer has not taken yet waits at the sender, as ``backlog_bytes``.
@@ -15,8 +16,14 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol, Union
 
-Deliver = Callable[[int, int, int, Any], None]
-"""``deliver(node, source, destination, payload)``; the payload is a buffer that is valid during the call only."""
+from hpc_ray._core import pack_frame
+
+Deliver = Callable[[int, int, int, bytes], None]
+"""``deliver(node, source, destination, payload)``."""
+
+Forward = Callable[[Any], tuple[int, list[tuple[int, int, bytes]]]]
+"""``forward(frames)`` takes the whole frames at the beginning of a buffer: how many bytes they are, and those that are to be delivered.
+``Lane.forward_frames`` is one; ``split_frames``, by which all are delivered, another."""
 
 
 class PeerLost(NamedTuple):
@@ -78,8 +85,12 @@ class Transport(ABC):
         return 0 <= node < self.nodes
 
     @abstractmethod
+    def send_frames(self, node: int, frames: bytes) -> None:
+        """Queues messages; they leave with the next ``poll``."""
+
     def send(self, node: int, source: int, destination: int, payload: bytes) -> None:
-        """Queues a message; it leaves with the next ``poll``."""
+        """Queues one message."""
+        self.send_frames(node, pack_frame(source, destination, payload))
 
     @abstractmethod
     def transfer(self, transfer_id: int, source_node: int, source_handle: int, handle: int, size: int) -> None:

@@ -1,13 +1,14 @@
 """MPI point-to-point between links, through mpi4py. Only a link's main thread touches it, after ``MPI_Init``.
 
-Messages to a peer are one stream of frames (source u64, destination u64, length u32, payload), cut into chunks of at most
-``CHUNK_BYTES`` wherever it happens; so coalescing and splitting are the same thing. Chunks go out by *synchronous* sends, which
-complete when the receiver has matched them: ``WINDOW`` unfinished ones per peer are the whole flow control, and bound what MPI
-ever has to buffer. Receives are a ring of preposted buffers for any source. An object is asked for with a frame of its own
-and comes as ``PIECE_BYTES`` pieces under a tag of its own, from arena memory into arena memory.
+Messages to a peer are one stream of frames (``native/frames.h``), cut into chunks of at most ``CHUNK_BYTES`` wherever it happens; so
+coalescing and splitting are the same thing. Chunks go out by *synchronous* sends, which complete when the receiver has matched them:
+``WINDOW`` unfinished ones per peer are the whole flow control, and bound what MPI ever has to buffer. Receives are a ring of preposted
+buffers for any source. An object is asked for with a frame of its own and comes as ``PIECE_BYTES`` pieces under a tag of its own, from
+arena memory into arena memory.
 
 MPI-1 (no probe): every message meets a posted receive, or waits as one of ``WINDOW`` per peer.
-MPI-2 (order): receives of the ring are looked at in the order they were posted, so a peer's chunks are too.
+MPI-2 (order): receives of the ring are looked at in the order they were posted, so a peer's chunks are too. Those that have been
+used are posted again by the next ``poll``: whom a message was for comes first.
 MPI-3 (progress): each ``poll`` tests the pending receive at the head of the ring, which drives MPI's progress engine; without
 that neither data nor news of failures move. Where all are quiet and bells ring (``bells``), ``SLEEP_S`` may pass between two.
 """
@@ -21,7 +22,8 @@ from typing import Any
 
 from mpi4py import MPI
 
-from hpc_ray.transport import Deliver, Event, Objects, PeerLost, TransferEnded, Transport
+from hpc_ray._core import split_frames
+from hpc_ray.transport import Deliver, Event, Forward, Objects, PeerLost, TransferEnded, Transport
 from hpc_ray.transport.bells import LIVELY_S, QUIET_S, Bells
 
 CHUNK_BYTES = 256 * 1024
@@ -32,7 +34,6 @@ PIECES_AHEAD = 4
 SLEEP_S = 0.2
 RUNG_S = 4 * LIVELY_S  # who was not rung for before it slept has been rung for again by then (BELLS-2)
 
-_FRAME = struct.Struct("<QQI")
 _FETCH = struct.Struct("<BIQQ")  # code, tag, handle, size
 _REFUSE = struct.Struct("<BI")  # code, tag; a text follows
 _CODE_FETCH, _CODE_REFUSE = 1, 2
@@ -91,7 +92,13 @@ class MPITransport(Transport):
     where they do not ring, one has to look at short intervals."""
 
     def __init__(
-        self, communicator: MPI.Intracomm, ranks: list[int], objects: Objects, deliver: Deliver, bells: Bells | None = None
+        self,
+        communicator: MPI.Intracomm,
+        ranks: list[int],
+        objects: Objects,
+        deliver: Deliver,
+        bells: Bells | None = None,
+        forward: Forward = split_frames,
     ):
         self._comm = communicator.Dup()
         self._comm.Set_errhandler(MPI.ERRORS_RETURN)
@@ -99,6 +106,7 @@ class MPITransport(Transport):
         self.nodes = len(ranks)
         self._objects = objects
         self._deliver = deliver
+        self._forward = forward
         self._peers = [_Peer(node, rank) for node, rank in enumerate(ranks)]
         self._by_rank = {peer.rank: peer for peer in self._peers}
         self._sending: set[_Peer] = set()  # have something queued or unfinished
@@ -113,27 +121,23 @@ class MPITransport(Transport):
         self._last = time.monotonic()  # when anything moved, or somebody rang
         self._asleep = False  # the last ``sleep_s`` allowed it
         self._polled = self._since = self._last  # when ``poll`` began; and since when MPI may have taken what it finds now
-        self._ring: deque[tuple[MPI.Request, bytearray]] = deque()
-        if self.nodes > 1:
-            for _ in range(RING_SLOTS):
-                self._post(bytearray(CHUNK_BYTES))
+        self._ring: deque[tuple[MPI.Request, memoryview]] = deque()
+        self._used = [memoryview(bytearray(CHUNK_BYTES)) for _ in range(RING_SLOTS)] if self.nodes > 1 else []  # not in the ring
+        self._post()
 
-    def _post(self, buffer: bytearray) -> None:
-        request = self._comm.Irecv([buffer, MPI.BYTE], source=MPI.ANY_SOURCE, tag=_TAG_STREAM)
-        self._ring.append((request, buffer))
+    def _post(self) -> None:
+        for buffer in self._used:
+            self._ring.append((self._comm.Irecv([buffer, MPI.BYTE], source=MPI.ANY_SOURCE, tag=_TAG_STREAM), buffer))
+        self._used.clear()
 
     # -- messages out
 
-    def send(self, node: int, source: int, destination: int, payload: bytes) -> None:
+    def send_frames(self, node: int, frames: bytes) -> None:
         peer = self._peers[node]
-        if peer.lost:
-            return
-        size = len(payload)
-        peer.out.append(_FRAME.pack(source, destination, size))
-        if size:
-            peer.out.append(payload)
-        peer.bytes_out += _FRAME.size + size
-        self._sending.add(peer)
+        if not peer.lost:
+            peer.out.append(frames)
+            peer.bytes_out += len(frames)
+            self._sending.add(peer)
 
     def _next_chunk(self, peer: _Peer) -> bytes:
         out = peer.out
@@ -205,55 +209,46 @@ class MPITransport(Transport):
     # -- messages in
 
     def _pull(self) -> bool:
-        moved = False
-        for _ in range(4 * len(self._ring)):  # then our own sends have their turn
-            request, buffer = self._ring[0]
+        if self._used:
+            self._post()
+        ring, status, moved = self._ring, self._status, False
+        while ring:
+            request, buffer = ring[0]
             try:
-                if not request.Test(self._status):
+                if not request.Test(status):
                     break
             except MPI.Exception as error:
                 self._on_error(error, None)
-                if request == MPI.REQUEST_NULL:  # ended by the failure: post it again, at the end
-                    self._ring.popleft()
-                    self._post(buffer)
-                    continue
-                break
-            self._ring.popleft()
+                if request != MPI.REQUEST_NULL:
+                    break
+                ring.popleft()  # ended by the failure
+                self._used.append(buffer)
+                continue
+            ring.popleft()
+            self._used.append(buffer)
             moved = True
-            peer = self._by_rank[self._status.Get_source()]
-            count = self._status.Get_count(MPI.BYTE)
+            peer = self._by_rank[status.Get_source()]
             peer.last = max(peer.last, self._since)
-            try:
-                self._take(peer, memoryview(buffer)[:count])
-            finally:
-                self._post(buffer)
+            self._take(peer, buffer[: status.Get_count(MPI.BYTE)])
         return moved
 
-    def _take(self, peer: _Peer, data: memoryview) -> None:
-        if peer.partial:
-            peer.partial += data
-            if len(peer.partial) < _FRAME.size:
-                return
-            if len(peer.partial) < _FRAME.size + _FRAME.unpack_from(peer.partial)[2]:
-                return
-            data = memoryview(bytes(peer.partial))
-            peer.partial = bytearray()
-        position, end = 0, len(data)
-        while end - position >= _FRAME.size:
-            source, destination, size = _FRAME.unpack_from(data, position)
-            stop = position + _FRAME.size + size
-            if stop > end:
-                break
-            payload = data[stop - size : stop]
+    def _take(self, peer: _Peer, data: Any) -> None:
+        partial = peer.partial
+        if partial:
+            partial += data
+            data = partial
+        taken, others = self._forward(data)
+        if data is partial:
+            del partial[:taken]
+        elif taken < len(data):
+            partial += data[taken:]
+        for source, destination, payload in others:
             if destination == _OWN:
                 self._on_own(peer, payload)
             else:
                 self._deliver(peer.node, source, destination, payload)
-            position = stop
-        if position < end:
-            peer.partial += data[position:]
 
-    def _on_own(self, peer: _Peer, payload: memoryview) -> None:
+    def _on_own(self, peer: _Peer, payload: bytes) -> None:
         if payload[0] == _CODE_FETCH:
             _, tag, handle, size = _FETCH.unpack(payload)
             pin = self._objects.get(handle)
@@ -270,7 +265,7 @@ class MPITransport(Transport):
             _, tag = _REFUSE.unpack_from(payload)
             incoming = self._incoming.pop(tag, None)
             if incoming is not None:
-                self._abandon(incoming, bytes(payload[_REFUSE.size :]).decode())
+                self._abandon(incoming, payload[_REFUSE.size :].decode())
 
     # -- objects
 
@@ -402,9 +397,11 @@ class MPITransport(Transport):
         return SLEEP_S if self._asleep else 0.0
 
     def poll(self) -> list[Event]:
-        rung = False
+        rung = pushed = False
         before, self._polled = self._polled, time.monotonic()
         self._since = self._polled if self._asleep else before
+        if self._sending:
+            pushed = self._push()  # an answer of our node does not wait for what comes next
         if self._asleep and self._bells is not None:
             rung = self._bells.heard()
             moved = self._pull()
@@ -413,12 +410,9 @@ class MPITransport(Transport):
             self._asleep = False
         else:
             moved = self._pull()
-        if self._sending:
-            moved |= self._push()
+        moved |= pushed
         if self._incoming or self._outgoing:
             moved |= self._move_objects()
-            if self._sending:
-                moved |= self._push()
         if moved or rung:
             self._last = time.monotonic()
         if not self._events:
@@ -429,11 +423,11 @@ class MPITransport(Transport):
     @property
     def busy(self) -> bool:
         """Objects move, or messages wait for room. Sends that wait for their match alone do not count: the peer sleeps."""
-        return bool(self._incoming or self._outgoing or any(peer.bytes_out for peer in self._sending))
+        return bool(self._incoming or self._outgoing or (self._sending and any(peer.bytes_out for peer in self._sending)))
 
     @property
     def backlog_bytes(self) -> int:
-        return sum(peer.bytes_out for peer in self._sending)
+        return sum(peer.bytes_out for peer in self._sending) if self._sending else 0
 
     def close(self, timeout_s: float) -> bool:
         """Drain, then a barrier of those that live; with a lost peer the barrier is left out."""

@@ -30,7 +30,8 @@ from collections import deque
 from collections.abc import Callable, Generator
 from typing import Any
 
-from hpc_ray.transport import Deliver, Event, Expelled, Joining, Objects, PeerLost, TransferEnded, Transport
+from hpc_ray._core import split_frames
+from hpc_ray.transport import Deliver, Event, Expelled, Forward, Joining, Objects, PeerLost, TransferEnded, Transport
 
 BUFFER_BYTES = 256 << 10
 AHEAD_BYTES = 4 << 10  # read beyond the end of a piece, which is then copied
@@ -44,10 +45,10 @@ _CLOSE_LOOK_S = 0.05
 SECRET_BYTES = 32
 
 _FRAME = struct.Struct("<BxxxIQQ")  # kind, bytes that follow, and two numbers
-_MESSAGE, _FETCH, _PIECE, _REFUSE, _BEAT, _WELCOME, _BYE, _EXPELLED = range(1, 9)
+_FRAMES, _FETCH, _PIECE, _REFUSE, _BEAT, _WELCOME, _BYE, _EXPELLED = range(1, 9)
 _SIZE = struct.Struct("<Q")
 _LENGTH = struct.Struct("<I")
-_MAGIC = b"hpc_ray\x01"
+_MAGIC = b"hpc_ray\x02"
 _PROOF_BYTES = hashlib.sha256().digest_size
 _BUFFERS = 256  # in one system call
 
@@ -312,6 +313,7 @@ class TCPTransport(Transport):
         heartbeat_s: float,
         timeout_s: float,
         connect_timeout_s: float,
+        forward: Forward = split_frames,
         now: Callable[[], float] = time.monotonic,
     ):
         self.node = node
@@ -323,6 +325,7 @@ class TCPTransport(Transport):
         self._listener = listener
         self._objects = objects
         self._deliver = deliver
+        self._forward = forward
         self._now = now
         self._peers: dict[int, _Peer] = {}
         self._by_fd: dict[int, _Peer] = {}
@@ -512,10 +515,10 @@ class TCPTransport(Transport):
 
     # -- messages out
 
-    def send(self, node: int, source: int, destination: int, payload: bytes) -> None:
+    def send_frames(self, node: int, frames: bytes) -> None:
         peer = self._peer(node)
         if peer is not None:
-            self._put(peer, _MESSAGE, source, destination, payload)
+            self._put(peer, _FRAMES, 0, 0, frames)
 
     def _put(self, peer: _Peer, kind: int, a: int, b: int, payload: Any = b"") -> None:
         size = len(payload)
@@ -643,8 +646,9 @@ class TCPTransport(Transport):
             self._on_frame(peer, kind, a, b, target)
 
     def _on_frame(self, peer: _Peer, kind: int, a: int, b: int, payload: memoryview) -> None:
-        if kind == _MESSAGE:
-            self._deliver(peer.node, a, b, payload)
+        if kind == _FRAMES:
+            for source, destination, message in self._forward(payload)[1]:
+                self._deliver(peer.node, source, destination, message)
         elif kind == _PIECE:
             incoming = self._incoming.get(a)
             if incoming is not None:

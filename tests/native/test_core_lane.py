@@ -127,11 +127,35 @@ def test_limit_and_receive_from(segment: _core.Segment) -> None:
 
 def test_the_link(segment: _core.Segment) -> None:
     lane, link = segment.open_lane(), segment.open_lane(_core.LINK_LANE)
-    far = _core.make_address(9, 17, 2)
-    lane.send(far, b"out")
-    assert link.receive_envelopes(0) == [(lane.address, far, b"out")]
-    assert link.forward(far, lane.address, b"in") == 0
-    assert lane.receive(0) == [(far, b"in")]
+    far, further = _core.make_address(9, 17, 2), _core.make_address(12, 16, 1)
+    for destination, payload in [(far, b"out"), (further, b"other"), (far, b""), (link.address, b"to the link"), (far, bytes(100_000))]:
+        lane.send(destination, payload)
+    received = link.receive_frames(0)
+    assert [node for node, _ in received] == [9, 12, segment.node]
+    assert [_core.split_frames(frames)[1] for _, frames in received] == [
+        [(lane.address, far, b"out"), (lane.address, far, b""), (lane.address, far, bytes(100_000))],
+        [(lane.address, further, b"other")],
+        [(lane.address, link.address, b"to the link")],
+    ]
+    assert link.receive_frames(0) == []
+
+
+def test_frames_from_other_nodes(segment: _core.Segment) -> None:
+    a, b, link = segment.open_lane(), segment.open_lane(), segment.open_lane(_core.LINK_LANE)
+    far, mine = _core.make_address(9, 17, 2), b"for the link"
+    parts = [(a.address, b"1"), (b.address, b""), (link.address, mine), (a.address, bytes(100_000)), (far, b"passing"), (b.address, b"4")]
+    frames = b"".join(_core.pack_frame(far, destination, payload) for destination, payload in parts)
+    others = [(far, link.address, mine), (far, far, b"passing")]
+    last = len(_core.pack_frame(far, b.address, b"4"))
+    for cut in (0, 1, last - 1, last):  # the last one is not whole
+        whole = len(frames) - (last if cut else 0)
+        assert link.forward_frames(frames[: len(frames) - cut]) == (whole, others)
+        assert a.receive(0) == [(far, b"1"), (far, bytes(100_000))]
+        assert b.receive(0) == [(far, b"")] + ([] if cut else [(far, b"4")])
+    assert link.forward_frames(b"") == link.forward_frames(memoryview(frames)[:10]) == (0, [])
+    assert link.forward_frames(memoryview(frames)[:24]) == (0, [])
+    with pytest.raises(ValueError, match="incarnation 0"):
+        link.forward_frames(_core.pack_frame(far, _core.make_address(segment.node, 40, 0), b"x"))
 
 
 def test_ping_pong_between_processes(segment: _core.Segment) -> None:

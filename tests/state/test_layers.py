@@ -51,7 +51,7 @@ GROUPS = {
     "environments": Group(3, "environments"),  # beside those who ask for them and make them
     "deciding": Group(2, "machine scheduling"),  # what the two states share
     "serving": Group(2, "serving", beside="deciding core"),  # what the two servers share
-    "transport": Group(2, "transport"),
+    "transport": Group(2, "transport", beside="core"),
     "core": Group(2, "_core"),
     "spilling": Group(2, "spilling", beside="core"),
     "messages": Group(1, "protocol serialize"),
