@@ -413,13 +413,13 @@ class Head(_Bridge):
         self.transport.lose(node, text)
         self.tell_all(_LOST + json.dumps([node, text]).encode())
 
-    def on_message(self, node: int, source: int, destination: int, payload: Any) -> None:
-        if destination == self.address and bytes(payload[:1]) == _MISSING:
-            missing, text = json.loads(bytes(payload[1:]))
+    def on_message(self, node: int, source: int, destination: int, data: bytes) -> None:
+        if destination == self.address and data[:1] == _MISSING:
+            missing, text = json.loads(data[1:])
             if node not in self.gone and missing not in self.gone:
                 self.declare_lost(missing, f"node {node} has lost it: {text}")
             return
-        super().on_message(node, source, destination, payload)
+        super().on_message(node, source, destination, data)
 
     # -- more nodes, and the end
 
@@ -490,16 +490,16 @@ class Follower(_Bridge):
         else:
             super().on_event(event)
 
-    def on_message(self, node: int, source: int, destination: int, payload: Any) -> None:
-        if destination == self.address and bytes(payload[:1]) == _LOST:
-            lost, text = json.loads(bytes(payload[1:]))
+    def on_message(self, node: int, source: int, destination: int, data: bytes) -> None:
+        if destination == self.address and data[:1] == _LOST:
+            lost, text = json.loads(data[1:])
             if lost == self.node:
                 self.on_event(Expelled(node, text))
             else:
                 self.gone.add(lost)
                 self.transport.lose(lost, text)
             return
-        super().on_message(node, source, destination, payload)
+        super().on_message(node, source, destination, data)
 
     def on_node_gone(self, node: int, text: str) -> None:
         if node == 0 and not self.stopping and node not in self.gone:

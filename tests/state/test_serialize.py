@@ -52,3 +52,59 @@ def test_code_knows_its_file():
     function = serialize.loads(serialize.dumps(lambda: serialize))
     assert function.__code__.co_filename == __file__
     assert function.__code__.co_firstlineno == test_code_knows_its_file.__code__.co_firstlineno + 2
+
+
+class Own(np.ndarray):
+    """Not an array of numbers and no more: it may have anything in it."""
+
+
+def unpicklable_by_name():
+    return lambda: 7
+
+
+@pytest.mark.parametrize(
+    "value",
+    [
+        np.arange(1000.0).reshape(10, 100),
+        np.arange(1000.0).reshape(10, 100).T[::2],
+        np.array(3, dtype=np.int16),
+        np.array(["a", "bc"]),
+        np.zeros(0),
+        np.zeros(3, dtype=[("x", "f4"), ("y", "i8")]),
+        np.array(["2026-11-28"], dtype="M8[D]"),
+        ((np.ones(5), 1, "text", b"bytes" * 2000), {"weights": np.ones(3), "none": None}),
+    ],
+    ids=lambda value: str(getattr(value, "dtype", "arguments")),
+)
+def test_arrays_and_arguments(value):
+    """By the short way or not, they come back as they were, with large buffers out of band."""
+    back = serialize.deserialize(serialize.serialize(value).to_bytes())
+    if isinstance(value, tuple):
+        (array, *rest), names = back
+        (expected, *others), _ = value
+        assert rest == others and list(names) == ["weights", "none"]
+        assert np.array_equal(array, expected) and np.array_equal(names["weights"], np.ones(3))
+    else:
+        assert type(back) is np.ndarray and back.dtype == value.dtype
+        assert np.array_equal(back, value)
+
+
+def test_what_looks_like_an_array_of_numbers():
+    """Objects in arrays, subclasses and what is registered go the long way, which knows cloudpickle and registered serializers."""
+    objects = np.array([unpicklable_by_name(), 1], dtype=object)
+    assert serialize.deserialize(serialize.serialize(objects).to_bytes())[0]() == 7
+    assert serialize.deserialize(serialize.serialize(((objects,), {})).to_bytes())[0][0][0]() == 7
+    own = np.ones(3).view(Own)
+    own.extra = 1
+    assert type(serialize.deserialize(serialize.serialize(own).to_bytes())) is Own
+    described = np.zeros(2, dtype=np.dtype("i4", metadata={"how": unpicklable_by_name()}))
+    assert np.array_equal(serialize.deserialize(serialize.serialize(described).to_bytes()), np.zeros(2))
+    serialize.register_serializer(np.ndarray, serializer=lambda array: array.tolist(), deserializer=tuple)
+    try:
+        assert serialize.deserialize(serialize.serialize(np.arange(3)).to_bytes()) == (0, 1, 2)
+    finally:
+        serialize.deregister_serializer(np.ndarray)
+    cycle = {}
+    cycle["self"] = (cycle,)
+    back = serialize.deserialize(serialize.serialize(cycle).to_bytes())
+    assert back["self"][0] is back
