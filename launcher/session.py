@@ -178,7 +178,9 @@ def _mpi_files(since: float) -> Iterator[str]:
 def _unmapped(paths: set[str]) -> set[str]:
     """Those that no process has mapped."""
     left = set(paths)
-    for pid in _processes() if paths else ():
+    for pid in _processes():
+        if not left:
+            break
         left -= _mapped(pid)
     return left
 
@@ -187,9 +189,10 @@ def _mapped(pid: int | str) -> set[str]:
     """Files in /dev/shm that a process of ours has mapped."""
     try:
         with open(f"/proc/{pid}/maps") as file:
-            lines = [line.rstrip("\n").partition(SHARED_MEMORY)[2] for line in file]
+            text = file.read()
     except OSError:
         return set()
+    lines = [line.partition(SHARED_MEMORY)[2] for line in text.splitlines()] if SHARED_MEMORY in text else []
     return {SHARED_MEMORY + name for name in lines if name and "(deleted)" not in name}
 
 
@@ -304,30 +307,41 @@ def _processes() -> list[int]:
     return [int(name) for name in os.listdir("/proc") if name.isdigit()]
 
 
-def environment_of(pid: int) -> dict[bytes, bytes]:
-    """What a process of ours was started with; empty if it cannot be read."""
+def _environment_text(pid: int) -> bytes:
     try:
         with open(f"/proc/{pid}/environ", "rb") as file:
-            pairs = (item.partition(b"=") for item in file.read().split(b"\0"))
-            return {name: value for name, _, value in pairs}
+            return file.read()
     except OSError:
-        return {}
+        return b""
+
+
+def environment_of(pid: int) -> dict[bytes, bytes]:
+    """What a process of ours was started with; empty if it cannot be read."""
+    pairs = (item.partition(b"=") for item in _environment_text(pid).split(b"\0"))
+    return {name: value for name, _, value in pairs if name}
 
 
 def members(session: str, node: str = "", leader: int = 0) -> list[int]:
     """Processes of a session (of one node of it): by environment, and by the kernel's session of its node process."""
     wanted = session.encode()
+    mark = b"\0%s=%s\0" % (SESSION_VARIABLE.encode(), wanted)
     found = []
     for pid in _processes():
         if pid == os.getpid():
             continue
-        fields = _stat_fields(pid)
+        try:
+            in_session = leader != 0 and os.getsid(pid) == leader and leader != os.getsid(0)
+        except OSError:
+            continue  # it is gone
+        if not in_session and mark not in b"\0" + _environment_text(pid):
+            continue
+        fields, variables = _stat_fields(pid), environment_of(pid)
         if not fields or fields[0] == "Z":
             continue
-        variables = environment_of(pid)
-        in_session = leader and int(fields[3]) == leader and leader != os.getsid(0) and _may_be_of(pid, variables, wanted)
         is_marked = variables.get(SESSION_VARIABLE.encode()) == wanted
-        if in_session or (is_marked and (not node or variables.get(NODE_VARIABLE.encode()) == node.encode())):
+        if (in_session and _may_be_of(pid, variables, wanted)) or (
+            is_marked and (not node or variables.get(NODE_VARIABLE.encode()) == node.encode())
+        ):
             found.append(pid)
     return found
 
