@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import socket
 import statistics
@@ -39,6 +40,7 @@ from hpc_ray.simulator.roles import units_of
 HERE = Path(__file__).parent
 SIZES = (2, 16, 100, 1000)
 ACTORS = 48
+CHAIN = 8  # processes that wake one another
 SMALL = ReportResources(3, 7, {"CPU": 20_000, "memory": 10**13}, {"CPU": 10_000, "memory": 10**13}, [])
 
 
@@ -86,10 +88,8 @@ def lanes() -> dict[str, float]:
     found["bytes_of_a_message"] = size
     them.close(0)
     us.close(0)
-    found["wake_s"] = max(0.0, woken(0.0005, 2000) - found["receive_s"])
-    gcs = scenes.Cluster(2, Costs(), GUESS).simulator.gcs.gcs
-    asleep, awake = (woken(gap_s, 25, lambda message: gcs.handle(message, 0, 0.0)) for gap_s in (ASLEEP_S, 0.0005))
-    found["idle_s"] = max(0.0, asleep - awake)
+    found["wake_s"] = max(0.0, woken(0.0005, 2000)[0] - found["receive_s"] - found["send_s"])
+    found.update(asleep())
     found["ring_s"] = rung()
     return found
 
@@ -102,42 +102,70 @@ def rung() -> float:
         return per_call(lambda: here.sendto(b"8 bytes.", address), 100)
 
 
-def woken(gap_s: float, rounds: int, work: Callable[[Any], object] = lambda message: None) -> float:
-    """Processor time of a process that sleeps on its lane for so long, takes a message, works, and sleeps again."""
+def asleep() -> dict[str, float]:
+    """What it takes processes more that wake one another when all have slept: the machine, which the first ones wake, and each of them."""
+    gcs = scenes.Cluster(2, Costs(), GUESS).simulator.gcs.gcs
+    slept, awake = (
+        woken(gap_s, rounds, CHAIN, lambda message: gcs.handle(message, 0, 0.0)) for gap_s, rounds in ((ASLEEP_S, 40), (0.0005, 300))
+    )
+    more = [max(0.0, after - before) for after, before in zip(slept, awake, strict=True)]
+    stale_s = statistics.median(more[2:])
+    first, second = (max(1e-6, spent - stale_s) for spent in more[:2])
+    left = min(0.9, max(0.05, second / first))
+    return {"idle_s": first, "stale_s": stale_s, "awake_s": -slept[0] / math.log(left)}
+
+
+def woken(gap_s: float, rounds: int, count: int = 1, work: Callable[[Any], object] = lambda message: None) -> list[float]:
+    """Processor time of processes that sleep on their lanes for so long, take a message, work, and send it to the next; medians."""
     segment = _core.Segment(node=0, arena_bytes=1 << 26)
     us = segment.open_lane(20)
-    pid = os.fork()
-    if pid == 0:
-        try:
-            them = segment.open_lane(21)
-            us_address = _core.make_address(0, 20, 1)
-            them.send(us_address, b"ready")
-            found: list[float] = []
-            got = 0
-            while got < rounds:
-                begin = time.thread_time()
-                messages = them.receive(5.0)
-                for _, data in messages:
-                    work(decode(data))
-                got += len(messages)
-                if messages:
-                    found.append(time.thread_time() - begin)
-            them.send(us_address, repr(statistics.median(found)).encode())
-            them.close(1)
-        finally:
-            os._exit(0)
-    while not us.receive(1.0):
-        pass
-    them_address = _core.make_address(0, 21, 1)
+    addresses = [_core.make_address(0, 21 + i, 1) for i in range(count)] + [us.address]
+    pids = []
+    for number in range(count):
+        pids.append(os.fork())
+        if pids[-1] == 0:
+            try:
+                _pass_on(segment.open_lane(21 + number), us.address, addresses[number + 1], rounds, work)
+            finally:
+                os._exit(0)
     data = encode(SMALL)
+
+    def come(wanted: int) -> list[bytes]:
+        got: list[bytes] = []
+        while len(got) < wanted:
+            some = us.receive(5.0)
+            assert some, "a process that was woken did not answer"
+            got += [payload for _, payload in some]
+        return got
+
+    come(count)
     for _ in range(rounds):
         time.sleep(gap_s)
-        us.send(them_address, data)
-    answer = us.receive(5.0)
-    os.waitpid(pid, 0)
-    assert answer, "the process that was woken did not answer"
+        us.send(addresses[0], data)
+        come(1)
+    found = []
+    for address in addresses[:-1]:
+        us.send(address, data)
+        found.append(float(come(1)[0]))
+    for pid in pids:
+        os.waitpid(pid, 0)
     us.close(0)
-    return float(answer[0][1])
+    return found
+
+
+def _pass_on(lane: Any, starter: int, following: int, rounds: int, work: Callable[[Any], object]) -> None:
+    lane.send(starter, b"ready")
+    found: list[float] = []
+    while len(found) < rounds:
+        begin = time.thread_time()
+        messages = lane.receive(5.0)
+        for _, data in messages:
+            work(decode(data))
+            lane.send(following, data)
+            found.append(time.thread_time() - begin)
+    lane.receive(60.0)
+    lane.send(starter, repr(statistics.median(found)).encode())
+    lane.close(1)
 
 
 def committed() -> float:
@@ -248,7 +276,7 @@ def derived(found: dict[str, Any], events: Any) -> tuple[dict[str, float], dict[
     prices = {
         **{key: lane[key] for key in ("turn_s", "receive_s", "receive_byte_s", "encode_s", "encode_byte_s", "send_s", "send_byte_s")},
         "wake_s": lane["wake_s"],
-        "idle_s": lane["idle_s"],
+        **{key: lane[key] for key in ("idle_s", "stale_s", "awake_s")},
         "ring_s": lane["ring_s"],
         "link_turn_s": link["link_look_s"],
         **{key: link[key] for key in ("link_wake_s", "link_out_s", "link_in_s", "link_chunk_s")},

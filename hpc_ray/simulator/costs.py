@@ -35,6 +35,8 @@ class Prices(msgspec.Struct, frozen=True, kw_only=True):
     wake_s: float = 0.0  # a process that slept runs again: so much of a core, before anything else
     cold_s: float = 0.0  # and so much more where others have had the cores since it last ran: its caches are theirs
     idle_s: float = 0.0  # and so much more where nobody has had them for long: the machine itself has gone to sleep
+    awake_s: float = 6e-3  # after so much work it is by a factor of e less so
+    stale_s: float = 0.0  # and so much more where the process itself has slept as long
     commit_s: float = 0.0  # the GCS's journal takes what one event has changed
     link_turn_s: float = 0.0  # a link looks at its lane and at MPI
     link_wake_s: float = 0.0  # as wake_s, of a link

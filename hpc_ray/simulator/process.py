@@ -18,8 +18,7 @@ if TYPE_CHECKING:
 OTHERS_S = 3e-3  # other programs have a core for so long at a time
 SLICE_S = 1e-3  # and ours while others wait
 FORGOTTEN_S = 0.5e-3  # after so much work of others on each core nothing of a process is left in the caches
-ASLEEP_S = 0.3  # after so long without any work a machine is as slow to wake as it ever is
-AWAKE_S = 6e-3  # and after so much work it is by a factor of e less so (measured with processes that wake one another)
+ASLEEP_S = 0.3  # after so long without any work a machine, or a process, is as slow to wake as it ever is
 
 
 class Host:
@@ -31,7 +30,8 @@ class Host:
         self.simulator = simulator
         self.free = cores
         self.ready: list[tuple[float, int, Process]] = []  # heap, by what they have had
-        self._cold_s, self._idle_s = simulator.prices.cold_s, simulator.prices.idle_s
+        prices = simulator.prices
+        self._cold_s, self._idle_s, self._awake_s, self._stale_s = prices.cold_s, prices.idle_s, prices.awake_s, prices.stale_s
         self._cores = cores
         self._ran_s = 0.0  # all of them
         self._running = 0
@@ -79,8 +79,13 @@ class Host:
         if not self._running:
             self._asleep = min(1.0, self._asleep + (self.simulator.now - self._rested_at) / ASLEEP_S)
         others_s = (self._ran_s - process.saw_s) / self._cores
-        nobody_s = max(0.0, self.simulator.now - process.ran_at - others_s)
-        return self._cold_s * min(1.0, others_s / FORGOTTEN_S) + self._idle_s * self._asleep * min(1.0, nobody_s / ASLEEP_S)
+        away_s = self.simulator.now - process.ran_at
+        nobody_s = max(0.0, away_s - others_s)
+        return (
+            self._cold_s * min(1.0, others_s / FORGOTTEN_S)
+            + self._stale_s * min(1.0, away_s / ASLEEP_S)
+            + self._idle_s * self._asleep * min(1.0, nobody_s / ASLEEP_S)
+        )
 
     def _run(self, process: Process, cold_s: float) -> None:
         self._running += 1
@@ -98,7 +103,7 @@ class Host:
         self._ran_s += seconds
         self._running -= 1
         self._rested_at = self.simulator.now
-        self._asleep *= math.exp(-seconds / AWAKE_S)
+        self._asleep *= math.exp(-seconds / self._awake_s)
         process.saw_s, process.ran_at = self._ran_s, self.simulator.now
         if process.alive:
             if not process.left_s:
