@@ -98,7 +98,16 @@ def _run(command: list[str], gang: Gang, variables: dict[str, str], folder: str 
     room = Room.take(client, gang) if gang.spread else Room.here(client, gang, dict(context.instances))
     try:
         process = steps.start(
-            room.hosts, command, client.config, variables, brief=True, cwd=folder, text=True, errors="replace", **pipes
+            room.hosts,
+            command,
+            client.config,
+            variables,
+            sharing=room.sharing,
+            brief=True,
+            cwd=folder,
+            text=True,
+            errors="replace",
+            **pipes,
         )
         try:
             out, err = process.communicate()

@@ -18,7 +18,7 @@ from typing import Any
 
 from hpc_ray.config import NodeConfig
 from hpc_ray.exceptions import LaunchError
-from hpc_ray.launcher import session, world
+from hpc_ray.launcher import host, session, world
 
 RANK_VARIABLE = "HPC_RAY_RANK"  # JSON for ``worker.rank``
 _END_S = 3.0  # for mpirun to end its ranks, before it is killed
@@ -28,10 +28,17 @@ _LASTING = ["sh", "-c", 'sleep 0.5; exec "$0" "$@"']
 
 
 def start(
-    hosts: list[str], command: list[str], config: NodeConfig, variables: dict[str, str], *, brief: bool = False, **options: Any
+    hosts: list[str],
+    command: list[str],
+    config: NodeConfig,
+    variables: dict[str, str],
+    *,
+    sharing: bool,
+    brief: bool = False,
+    **options: Any,
 ) -> subprocess.Popen:
-    """Starts ``command`` by mpirun, a rank on each of ``hosts``; ranks on one host stand together. ``brief``: it may end at once, as it
-    need not be an MPI program. ``options`` as for Popen.
+    """Starts ``command`` by mpirun, a rank on each of ``hosts``; ranks on one host stand together. ``sharing``: a rank has not a CPU of
+    its own. ``brief``: it may end at once, as it need not be an MPI program. ``options`` as for Popen.
 
     Raises:
         LaunchError: no MPI is installed, or its mpirun cannot be run.
@@ -53,6 +60,8 @@ def start(
         if brief and mpirun.family == "openmpi":
             command = [*_LASTING, *command]
         folder = os.path.join(os.path.dirname(folder), session.STEPS)
+    if mpirun.family == "openmpi" and (sharing or config.resources.get("CPU", 0) > host.cpu_count()):
+        environment = world.SHARED_CPU_SETTINGS | environment
     environment[session.SESSION_VARIABLE] = config.session
     environment[session.NODE_VARIABLE] = str(config.node)
     for name in ("PRTE_MCA_prte_tmpdir_base", "OMPI_MCA_orte_tmpdir_base"):  # of Open MPI 5 and 4

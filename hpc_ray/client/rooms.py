@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from hpc_ray.ids import GCS_ADDRESS, JobID, PlacementGroupID, raylet_address
-from hpc_ray.protocol import Gang
+from hpc_ray.protocol import UNIT, Gang
 
 if TYPE_CHECKING:
     from hpc_ray.client.client import Client
@@ -24,12 +24,14 @@ class Room:
         nodes: index of the node of each rank; the ranks of one node are neighbours.
         hosts: name of the host of each rank.
         instances: accelerators of each rank, GPU → [[index, amount], …].
+        sharing: its ranks share CPUs, as each has booked less than one.
     """
 
-    def __init__(self, nodes: list[int], hosts: list[str], instances: list[Instances]):
+    def __init__(self, gang: Gang, nodes: list[int], hosts: list[str], instances: list[Instances]):
         self.nodes = nodes
         self.hosts = hosts
         self.instances = instances
+        self.sharing = gang.each.get("CPU", 0) < UNIT
         self.client: Client | None = None  # that has ``group_id``
         self.group_id = b""
 
@@ -37,7 +39,7 @@ class Room:
     def here(cls, client: Client, gang: Gang, instances: Instances) -> Room:
         """On this node, with what a lease has."""
         size = gang.ranks
-        return cls([client.node] * size, [client.config.hostname] * size, shared(instances, size, gang.gpus))
+        return cls(gang, [client.node] * size, [client.config.hostname] * size, shared(instances, size, gang.gpus))
 
     @classmethod
     def take(cls, client: Client, gang: Gang) -> Room:
@@ -52,7 +54,7 @@ class Room:
         strategy = "STRICT_SPREAD" if gang.per_node else "SPREAD" if gang.even else "PACK"
         labels = [gang.labels] * len(bundles) if gang.labels else None
         wish: dict[str, Any] = {"bundles": bundles, "strategy": strategy, "job_id": client.job_id, "labels": labels, "owned": True}
-        room = cls([], [], [])
+        room = cls(gang, [], [], [])
         room.client, room.group_id = client, group_id
         try:
             client.query(GCS_ADDRESS, "create_placement_group", group_id=group_id, **wish)

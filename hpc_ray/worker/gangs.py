@@ -122,7 +122,7 @@ class Step:
             client.mourners.append(self.on_death)
         try:
             variables[steps.RANK_VARIABLE] = json.dumps(note)
-            self.process = steps.start(room.hosts, _COMMAND, config, variables)
+            self.process = steps.start(room.hosts, _COMMAND, config, variables, sharing=room.sharing)
             try:
                 self._gather(config.settings.start_timeout_s)
             except BaseException:

@@ -47,6 +47,30 @@ def test_idle_ranks_leave_in_order(tmp_path):
     assert done.stderr == ""
 
 
+SHARING = """
+import os
+import hpc_ray as ray
+from hpc_ray.launcher import host
+ray.init(num_cpus=host.cpu_count())
+@ray.remote(mpi_ranks=1)
+def yields():
+    return os.environ.get("OMPI_MCA_mpi_yield_when_idle")
+own, shared = (ray.get(yields.options(num_cpus=cpus).remote()) for cpus in (1, 0.5))
+name = "OMPI_MCA_mpi_yield_when_idle"
+chosen = ray.mpi_run(["printenv", name], ranks=1, num_cpus=0.25, env={name: "0"}).stdout.strip()
+ray.shutdown()
+ray.init(num_cpus=host.cpu_count() + 1)
+print(own, shared, chosen, ray.get(yields.remote()))
+"""
+
+
+@pytest.mark.skipif(MPIRUN.family != "openmpi", reason="the setting is one of Open MPI")
+def test_ranks_that_share_a_cpu_let_others_look():
+    """Half a CPU each, or more CPUs booked than there are; the word of who runs a program counts."""
+    done = subprocess.run([sys.executable, "-P", "-c", SHARING], capture_output=True, text=True, timeout=100, check=False)
+    assert (done.returncode, done.stdout) == (0, "[None] ['1'] 0 ['1']\n"), done.stderr
+
+
 IN_A_WORLD = """
 import hpc_ray as ray
 ray.init()
