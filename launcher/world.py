@@ -86,8 +86,8 @@ def one_host_settings(major: int, *, alone: bool) -> dict[str, str]:
 
 
 # Variables for ranks of Open MPI that share CPUs. A rank that waits looks without a pause, and unless its host has more ranks of its job
-# than CPUs, without letting others look: an allreduce of four ranks on two hosts that had two cores between them took 12 ms, half a second
-# at worst, and so 0.3 ms. To ranks with a CPU each it would cost 0.1 µs of the 1.4 that a message takes.
+# than CPUs, without letting others look: an allreduce of four ranks on two hosts that had two cores between them took 12 ms, 230 ms at
+# worst, and so 0.3 and 50 ms. To ranks with a CPU each it would cost 0.1 µs of the 1.4 that a message takes.
 SHARED_CPU_SETTINGS = {"OMPI_MCA_mpi_yield_when_idle": "1"}
 
 
