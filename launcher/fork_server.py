@@ -627,7 +627,7 @@ class ForkServer:
         session.remove_files(self._files)
         session.remove_abandoned(self._began)
         session.remove_dir(self.config.spill_dir)
-        session.remove_dir(self.config.session_dir)
+        session.remove_node(self.config.session_dir, self._began)
         os.close(self.lock)
 
     def _part_from_link(self) -> None:

@@ -229,7 +229,9 @@ class NodeProcess:
         if was_running or self.process.returncode < 0:
             session.kill_leftovers(self.session, str(self.node), self.process.pid)
             session.remove_abandoned(self._began)
-        if self.folder:
+            if self.folder:
+                session.remove_node(self.folder, self._began)
+        elif self.folder:
             session.remove_dir(self.folder)  # gone already where it ended in order
         self.control.close()
         if self._errors >= 0:

@@ -2,7 +2,8 @@
 
 SESSION-1 (by session): clean-up knows a session by its folder's lock, by the kernel's session id of its node process, and
 by ``HPC_RAY_SESSION`` in the environment; never by the name of a program.
-SESSION-2 (who removes): each node removes its own folder; whoever removes the last one removes the session's.
+SESSION-2 (who removes): each node removes its own folder; whoever removes the last one of a host removes the session's.
+SESSION-3 (steps of other hosts): ranks that a job step has here end with the host's last node, before what MPI leaves is removed.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import shutil
 import signal
 import stat
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 
 from hpc_ray.exceptions import LaunchError
 
@@ -44,6 +45,7 @@ _GRACE_S = 60.0
 SHARED_MEMORY = "/dev/shm/"
 STEPS = "steps"  # beside the nodes' folders: what MPI launchers keep on hosts where their step has ranks
 _MPI_FILES = ("sm_segment.", "vader_segment.", "open_mpi.", "mpich_shm_", "ucx_shm_")  # how names there begin
+_RANK_VARIABLES = (b"OMPI_COMM_WORLD_RANK", b"PMIX_RANK", b"PMI_RANK")  # in the environment of what an MPI launcher starts
 _MAP_S = 0.05  # between the making of such a file and its mapping, at most
 
 
@@ -121,15 +123,24 @@ def make_dir(session: str, node: int) -> tuple[str, int]:
 
 
 def remove_dir(path: str) -> None:
-    """A node's folder, and the folders above it that are empty then (SESSION-2)."""
+    """A folder of a node, and the folders above it that are empty then (SESSION-2)."""
     shutil.rmtree(path, ignore_errors=True)
-    if _entries(os.path.dirname(path)) == [STEPS]:  # no node of the session is left on this host
-        shutil.rmtree(os.path.join(os.path.dirname(path), STEPS), ignore_errors=True)
     for parent in (os.path.dirname(path), os.path.dirname(os.path.dirname(path))):
         try:
             os.rmdir(parent)
         except OSError:
             break
+
+
+def remove_node(path: str, since: float) -> None:
+    """A node's session folder, and with the last one on this host what job steps have here, which began after ``since``."""
+    shutil.rmtree(path, ignore_errors=True)
+    above = os.path.dirname(path)
+    if not any(name.startswith("node-") for name in _entries(above)):
+        _kill(lambda: _ranks(os.path.basename(above)))
+        remove_abandoned(since)
+        shutil.rmtree(os.path.join(above, STEPS), ignore_errors=True)
+    remove_dir(path)
 
 
 def has_folder(base: str, tag: str) -> bool:
@@ -218,7 +229,7 @@ def sweep() -> list[str]:
                 remove_files(note.get("files", ()))
                 if note.get("folder"):
                     remove_dir(note["folder"])
-                remove_dir(path)
+                remove_node(path, _named_at(session))
                 removed.append(session)
         try:
             if time.time() - os.stat(os.path.join(base, session)).st_mtime > _GRACE_S:
@@ -355,11 +366,25 @@ def _may_be_of(pid: int, variables: dict[bytes, bytes], session: bytes) -> bool:
     return same and variables.get(SESSION_VARIABLE.encode(), session) == session
 
 
+def _ranks(session: str) -> list[int]:
+    """Ranks on this host of job steps below a session (``steps``), whichever of its hosts they were started from."""
+    found = []
+    for pid in members(session):
+        variables = environment_of(pid)
+        if any(name in variables for name in _RANK_VARIABLES):
+            found.append(pid)
+    return found
+
+
 def kill_leftovers(session: str, node: str = "", leader: int = 0) -> int:
     """SIGKILLs all processes of a session's node until none is left; how many there were."""
+    return _kill(lambda: members(session, node, leader))
+
+
+def _kill(look: Callable[[], list[int]]) -> int:
     count = 0
     for _ in range(20):
-        pids = members(session, node, leader)
+        pids = look()
         if not pids:
             break
         count += len(pids)

@@ -96,6 +96,15 @@ def test_gangs_over_hosts(how, hosts):
     hosts.await_nothing_left()
 
 
+@pytest.mark.parametrize("what", ["gang", "program"])
+@pytest.mark.parametrize("more", [[], ["--survive-nodes"]], ids=["MPI", "TCP"])
+def test_a_session_ends_while_ranks_are_busy(more, what, hosts):
+    """They hear of it when their host has no node any more, and what MPI keeps in shared memory goes with them."""
+    done = hosts.run(1, "hpc-ray", "run", *more, "--hosts", ",".join(NAMES), "--agent", hosts.tool("agent"), PROGRAMS / "busy.py", what)
+    assert (done.returncode, done.stdout) == (0, "READY\n"), (done.stdout, done.stderr)
+    hosts.await_nothing_left()
+
+
 @pytest.mark.parametrize("more", [[], ["--survive-nodes"]], ids=["MPI", "TCP"])
 def test_the_solver_on_three_hosts(more, hosts):
     """The example, whose answer is checked against a serial solver."""
