@@ -22,7 +22,7 @@ from typing import Any
 import click
 
 from hpc_ray.launcher import facts as facts_module
-from hpc_ray.launcher import pairing, session, world
+from hpc_ray.launcher import mpi_files, pairing, world
 from hpc_ray.launcher.facts import Facts
 from hpc_ray.launcher.rank import Watchdog, start_mpi
 from hpc_ray.slurm import commands
@@ -380,7 +380,7 @@ def in_ranks(place: world.Rank, limit_s: float) -> tuple[list[Facts], dict[str, 
 
     start_mpi(MPI, place.launcher)
     ranks = MPI.COMM_WORLD
-    files = session.shared_files(place.rank, everything=ranks.size == 1)
+    files = mpi_files.of_rank(place.rank, everything=ranks.size == 1)
     try:
         if ranks.size != place.size:
             problem = f"{place.size} ranks were started by {place.launcher}, but MPI sees {ranks.size}: they do not belong together"
@@ -397,7 +397,7 @@ def in_ranks(place: world.Rank, limit_s: float) -> tuple[list[Facts], dict[str, 
         return [facts for facts in gathered or [] if facts is not None], offsets, ""
     finally:
         MPI.Finalize()
-        session.remove_files(files)  # Open MPI leaves those of a rank that it takes for the only one
+        mpi_files.remove(files)  # Open MPI leaves those of a rank that it takes for the only one
         watchdog.set(None)
 
 

@@ -31,7 +31,7 @@ from hpc_ray import _core, as_ray
 from hpc_ray.config import RUNTIME_ENV_VARIABLE, NodeConfig, encode_config
 from hpc_ray.exceptions import LaunchError
 from hpc_ray.ids import FORK_SERVER_LANE, GCS_ADDRESS, raylet_address
-from hpc_ray.launcher import channel, session
+from hpc_ray.launcher import channel, mpi_files, session
 from hpc_ray.protocol import (
     FollowLogs,
     KillProcess,
@@ -51,6 +51,8 @@ WORKER_VARIABLE = "HPC_RAY_WORKER"  # pid of the worker, in the environment of w
 _READ_BYTES = 1 << 16
 _MOST_UNSENT = 16 << 20  # bytes of output that drivers have not taken
 _FLUSH_S = 0.002
+_LOOK_S = 10.0  # between two looks for what MPI has left behind
+_GONE_S = 0.5  # for the ranks of a gang to be gone, once one is
 _PART_S = 2.0  # for a link to end its MPI
 _TAIL_LINES = 20
 _kept: list[Any] = []  # of the parent, in a child: must not be closed by the collector there
@@ -124,7 +126,8 @@ class ForkServer:
         self.config = config
         self.control: socket.socket | None = control
         self.lock = lock
-        self._began = time.time()
+        self._leftovers = mpi_files.Leftovers(time.time())
+        self._look_at = time.monotonic() + _LOOK_S
         self.detached = detached
         self.outlives = outlives
         self._load = load
@@ -212,9 +215,13 @@ class ForkServer:
 
     def _loop(self) -> None:
         while not self._has_ended():
-            timeout = -1.0 if self._code is None else max(0.0, self._deadline - time.monotonic())
+            now = time.monotonic()
+            if now >= self._look_at:
+                self._leftovers.remove()
+                self._look_at = now + _LOOK_S
+            timeout = max(0.0, (self._look_at if self._code is None else self._deadline) - now)
             if unsent := self.lane.flush():  # a driver reads more slowly than workers print
-                timeout = _FLUSH_S if timeout < 0 else min(timeout, _FLUSH_S)
+                timeout = min(timeout, _FLUSH_S)
             self._pause_outputs(unsent > _MOST_UNSENT)
             for fd, _ in self._poll.poll(timeout):
                 handler = self._handlers.get(fd)
@@ -529,6 +536,8 @@ class ForkServer:
             self._unwatch(fd)
             del self._clients[fd]
             client.connection.close()
+            if client.kind == ProcessKind.RANK:
+                self._look_at = min(self._look_at, time.monotonic() + _GONE_S)
             if client.address:
                 for followers in self._followers.values():
                     followers.discard(client.address)
@@ -624,10 +633,10 @@ class ForkServer:
         if self._code == 0:
             self._notify({"ended": self._reason})
         self._part_from_link()
-        session.remove_files(self._files)
-        session.remove_abandoned(self._began)
+        mpi_files.remove(self._files)
+        self._leftovers.remove()
         session.remove_dir(self.config.spill_dir)
-        session.remove_node(self.config.session_dir, self._began)
+        session.remove_node(self.config.session_dir, self._leftovers.since)
         os.close(self.lock)
 
     def _part_from_link(self) -> None:

@@ -27,7 +27,7 @@ import msgspec
 
 from hpc_ray import _core
 from hpc_ray.ids import GCS_ADDRESS, LINK_LANE, address_of, raylet_address
-from hpc_ray.launcher import channel, relay, session
+from hpc_ray.launcher import channel, mpi_files, relay
 from hpc_ray.launcher.attachment import Attachment
 from hpc_ray.launcher.doorbell import Doorbell
 from hpc_ray.protocol import (
@@ -147,7 +147,7 @@ class Link:
         self.lane = attachment.lane
         self.files = ObjectFiles(_core.Store(attachment.segment, attachment.lane), attachment.config.spill_dir)
         self.node_alive = True
-        files = session.shared_files(self.rank.place.rank, everything=self.rank.place.local_rank == 0)
+        files = mpi_files.of_rank(self.rank.place.rank, everything=self.rank.place.local_rank == 0)
         channel.send_note(attachment.connection, {"remove": files})
         attachment.connection.setblocking(False)
         if self.doorbell is not None:

@@ -19,7 +19,7 @@ import msgspec
 
 from hpc_ray.config import NodeConfig, Settings, encode_config
 from hpc_ray.exceptions import ConfigurationError, LaunchError
-from hpc_ray.launcher import channel, host, session
+from hpc_ray.launcher import channel, host, mpi_files, session
 from hpc_ray.slurm import signals
 
 _MIN_STORE_BYTES = 64 << 20
@@ -228,7 +228,7 @@ class NodeProcess:
             self.process.wait()
         if was_running or self.process.returncode < 0:
             session.kill_leftovers(self.session, str(self.node), self.process.pid)
-            session.remove_abandoned(self._began)
+            mpi_files.Leftovers(self._began).remove()
             if self.folder:
                 session.remove_node(self.folder, self._began)
         elif self.folder:

@@ -24,7 +24,7 @@ from hpc_ray import _core
 from hpc_ray.config import Settings
 from hpc_ray.exceptions import ConfigurationError, LaunchError
 from hpc_ray.ids import LINK_LANE
-from hpc_ray.launcher import channel, host, pairing, relay, session, world
+from hpc_ray.launcher import channel, host, mpi_files, pairing, relay, session, world
 from hpc_ray.launcher.attachment import Attachment, connect
 from hpc_ray.launcher.link import FINALIZE_S, Link
 from hpc_ray.launcher.node_process import NodeProcess, node_config
@@ -340,7 +340,7 @@ class Rank:
         except LaunchError as error:
             code = self._refuse(str(error))
             world.let_rank_zero_speak(self.place.rank)
-            session.remove_files(session.shared_files(self.place.rank, everything=True))  # there will be no world, and no Finalize
+            mpi_files.remove(mpi_files.of_rank(self.place.rank, everything=True))  # there will be no world, and no Finalize
             return code
         problem, attachment = "", None
         try:

@@ -18,9 +18,10 @@ import shutil
 import signal
 import stat
 import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 
 from hpc_ray.exceptions import LaunchError
+from hpc_ray.launcher import mpi_files
 
 SESSION_VARIABLE = "HPC_RAY_SESSION"  # in the environment of every process of a node
 NODE_VARIABLE = "HPC_RAY_NODE"
@@ -42,11 +43,8 @@ _KEPT = ("OMPI_ALLOW_RUN_AS_ROOT", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM", *REACH)
 _MOMENT = "session_%Y-%m-%d_%H-%M-%S"  # how the names of sessions begin
 _MOMENT_ENDS = len("session_2026-01-31_23-59-59")
 _GRACE_S = 60.0
-SHARED_MEMORY = "/dev/shm/"
 STEPS = "steps"  # beside the nodes' folders: what MPI launchers keep on hosts where their step has ranks
-_MPI_FILES = ("sm_segment.", "vader_segment.", "open_mpi.", "mpich_shm_", "ucx_shm_")  # how names there begin
 _RANK_VARIABLES = (b"OMPI_COMM_WORLD_RANK", b"PMIX_RANK", b"PMI_RANK")  # in the environment of what an MPI launcher starts
-_MAP_S = 0.05  # between the making of such a file and its mapping, at most
 
 
 def scrubbed_environment(environment: dict[str, str] | None = None) -> dict[str, str]:
@@ -138,7 +136,7 @@ def remove_node(path: str, since: float) -> None:
     above = os.path.dirname(path)
     if not any(name.startswith("node-") for name in _entries(above)):
         _kill(lambda: _ranks(os.path.basename(above)))
-        remove_abandoned(since)
+        mpi_files.Leftovers(since).remove()
         shutil.rmtree(os.path.join(above, STEPS), ignore_errors=True)
     remove_dir(path)
 
@@ -146,65 +144,6 @@ def remove_node(path: str, since: float) -> None:
 def has_folder(base: str, tag: str) -> bool:
     """Whether a session whose name ends so has nodes on this host, be it at their end. ``base``: of ``base_dir``."""
     return any(name.endswith(tag) and _entries(os.path.join(base, name)) for name in _entries(base))
-
-
-def remove_files(paths: Iterable[str]) -> None:
-    """Files in /dev/shm that an MPI library leaves there when its process is killed, some also when it ends well."""
-    for path in paths:
-        if path.startswith(SHARED_MEMORY) and ".." not in path:
-            try:
-                os.unlink(path)
-            except OSError:
-                pass
-
-
-def shared_files(rank: int, *, everything: bool) -> list[str]:
-    """Files of /dev/shm that MPI has mapped here: those of our rank (Open MPI ends their names with it), or ``everything``, for a rank
-    without which there is no world."""
-    return sorted(path for path in _mapped("self") if everything or path.endswith(f".{rank}"))
-
-
-def remove_abandoned(since: float) -> list[str]:
-    """Removes files of this user in /dev/shm that an MPI library has made since then (``time.time()``) and that no process has mapped any
-    more: those of ranks that were killed, among them ranks that never told us of theirs. Their paths."""
-    candidates = _unmapped(set(_mpi_files(since)))
-    if candidates:
-        time.sleep(_MAP_S)
-        candidates = _unmapped(candidates)
-    remove_files(candidates)
-    return sorted(candidates)
-
-
-def _mpi_files(since: float) -> Iterator[str]:
-    for name in _entries(SHARED_MEMORY):
-        if name.startswith(_MPI_FILES):
-            try:
-                status = os.stat(SHARED_MEMORY + name)
-            except OSError:
-                continue
-            if status.st_uid == os.getuid() and status.st_ctime >= since:
-                yield SHARED_MEMORY + name
-
-
-def _unmapped(paths: set[str]) -> set[str]:
-    """Those that no process has mapped."""
-    left = set(paths)
-    for pid in _processes():
-        if not left:
-            break
-        left -= _mapped(pid)
-    return left
-
-
-def _mapped(pid: int | str) -> set[str]:
-    """Files in /dev/shm that a process of ours has mapped."""
-    try:
-        with open(f"/proc/{pid}/maps") as file:
-            text = file.read()
-    except OSError:
-        return set()
-    lines = [line.partition(SHARED_MEMORY)[2] for line in text.splitlines()] if SHARED_MEMORY in text else []
-    return {SHARED_MEMORY + name for name in lines if name and "(deleted)" not in name}
 
 
 def sweep() -> list[str]:
@@ -226,7 +165,7 @@ def sweep() -> list[str]:
                 if process_start(leader) not in (0, note.get("start")):
                     leader = 0  # the number is another process's by now
                 kill_leftovers(session, node.removeprefix("node-"), leader)
-                remove_files(note.get("files", ()))
+                mpi_files.remove(note.get("files", ()))
                 if note.get("folder"):
                     remove_dir(note["folder"])
                 remove_node(path, _named_at(session))
@@ -241,7 +180,7 @@ def sweep() -> list[str]:
     except OSError:
         pass  # others are in there
     if removed:
-        remove_abandoned(since)
+        mpi_files.Leftovers(since).remove()
     return removed
 
 

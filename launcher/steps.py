@@ -18,7 +18,7 @@ from typing import Any
 
 from hpc_ray.config import NodeConfig
 from hpc_ray.exceptions import LaunchError
-from hpc_ray.launcher import host, session, world
+from hpc_ray.launcher import host, mpi_files, session, world
 
 RANK_VARIABLE = "HPC_RAY_RANK"  # JSON for ``worker.rank``
 _END_S = 3.0  # for mpirun to end its ranks, before it is killed
@@ -85,7 +85,7 @@ def end(process: subprocess.Popen, began: float) -> None:
     finally:
         kill(process)
         if process.returncode:
-            session.remove_abandoned(began)
+            mpi_files.Leftovers(began).remove()
 
 
 def kill(process: subprocess.Popen) -> None:
@@ -102,4 +102,4 @@ def kill_rank(pid: int, files: list[str]) -> None:
             os.kill(pid, signal.SIGKILL)
         except OSError:
             pass
-    session.remove_files(files)
+    mpi_files.remove(files)

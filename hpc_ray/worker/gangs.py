@@ -40,7 +40,7 @@ from hpc_ray.client.refs import ObjectRef
 from hpc_ray.client.rooms import Instances, Room
 from hpc_ray.exceptions import AsyncioActorExit, GangError, LaunchError, MPIError, RayError, TaskCancelledError
 from hpc_ray.ids import GCS_ADDRESS, TaskID
-from hpc_ray.launcher import session, steps
+from hpc_ray.launcher import mpi_files, steps
 from hpc_ray.protocol import (
     ActorFailed,
     ActorSpec,
@@ -186,7 +186,7 @@ class Step:
             if seat.hostname == self.client.config.hostname:
                 steps.kill_rank(seat.pid, seat.files)
         if self.process.returncode:
-            session.remove_abandoned(self.began)
+            mpi_files.Leftovers(self.began).remove()
 
 
 class Call:

@@ -24,7 +24,7 @@ from hpc_ray import _core
 from hpc_ray.client import context
 from hpc_ray.client.client import Client
 from hpc_ray.exceptions import AsyncioActorExit, LaunchError, MPIError
-from hpc_ray.launcher import session
+from hpc_ray.launcher import mpi_files
 from hpc_ray.launcher.attachment import Attachment, connect
 from hpc_ray.launcher.host import VISIBLE_GPUS
 from hpc_ray.launcher.steps import RANK_VARIABLE
@@ -42,7 +42,7 @@ class RankExecutor(Executor):
         self.mpi = mpi
         self.leader = leader
         self.released = False  # the leader wants no more of this rank
-        self.files = session.shared_files(mpi.COMM_WORLD.rank, everything=True)
+        self.files = mpi_files.of_rank(mpi.COMM_WORLD.rank, everything=True)
         client.handlers[LeaveGang] = self.on_leave
         client.mourners.append(self.on_death)
 
@@ -100,7 +100,7 @@ class RankExecutor(Executor):
             self.end_now()
 
     def end_now(self) -> None:
-        session.remove_files(self.files)
+        mpi_files.remove(self.files)
         _leave_now()
 
 

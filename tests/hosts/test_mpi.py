@@ -96,6 +96,14 @@ def test_gangs_over_hosts(how, hosts):
     hosts.await_nothing_left()
 
 
+def test_killed_gangs_leave_no_shared_memory_to_the_session(hosts):
+    where = ["--hosts", ",".join(NAMES), "--agent", hosts.tool("agent")]
+    done = hosts.run(1, "hpc-ray", "run", "--survive-nodes", *where, PROGRAMS / "killed.py")
+    lines = [line for line in done.stdout.splitlines() if line.startswith(("ended", "had", "left"))]  # mpirun may say more
+    assert lines == 3 * ["ended ActorDiedError"] + ["had node1 node2 node3", "left"], (done.stdout, done.stderr)
+    hosts.await_nothing_left()
+
+
 @pytest.mark.parametrize("what", ["gang", "program"])
 @pytest.mark.parametrize("more", [[], ["--survive-nodes"]], ids=["MPI", "TCP"])
 def test_a_session_ends_while_ranks_are_busy(more, what, hosts):

@@ -1,0 +1,81 @@
+"""What MPI leaves in shared memory: found and removed, and never what a process uses."""
+
+from __future__ import annotations
+
+import mmap
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from hpc_ray.launcher import mpi_files
+
+pytestmark = pytest.mark.skipif(not os.path.isdir("/dev/shm"), reason="there is no /dev/shm here")
+# Has a file open or mapped, says so, and has it until its input ends.
+USER = """
+import mmap, sys
+how, path = sys.argv[1:]
+file = open(path, "r+b")
+if how == "mapped":
+    kept = mmap.mmap(file.fileno(), 0)
+    file.close()
+print("up", flush=True)
+sys.stdin.read()
+"""
+
+
+@pytest.fixture
+def path() -> Iterator[str]:
+    """A file as MPICH makes them."""
+    path = Path(mpi_files.SHARED_MEMORY, f"mpich_shm_{os.getpid():x}{time.monotonic_ns():x}_0")
+    path.write_bytes(bytes(mmap.PAGESIZE))
+    yield str(path)
+    path.unlink(missing_ok=True)
+
+
+@pytest.mark.parametrize("how", ["mapped", "open"])
+def test_removed_with_its_last_user(how: str, path: str):
+    leftovers = mpi_files.Leftovers(os.stat(path).st_ctime)
+    with subprocess.Popen([sys.executable, "-S", "-c", USER, how, path], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as user:
+        assert user.stdout.readline() == b"up\n"
+        for _ in range(2):
+            assert path not in leftovers.remove() and os.path.exists(path)
+        user.communicate()
+    assert path in leftovers.remove() and not os.path.exists(path)
+    assert path not in leftovers.remove()
+
+
+def test_the_next_user_is_found(path: str):
+    leftovers = mpi_files.Leftovers(os.stat(path).st_ctime)
+    command = [sys.executable, "-S", "-c", USER, "mapped", path]
+    users = [subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE) for _ in range(2)]
+    for user in users:
+        assert user.stdout.readline() == b"up\n"
+    for user in users:
+        leftovers.remove()
+        assert os.path.exists(path)
+        user.communicate()
+    leftovers.remove()
+    assert not os.path.exists(path)
+
+
+def test_older_files_and_those_of_others_stay(path: str):
+    other = Path(mpi_files.SHARED_MEMORY, f"not_of_mpi_{os.getpid()}")
+    other.touch()
+    try:
+        mpi_files.Leftovers(time.time() + 1).remove()
+        assert os.path.exists(path)
+        mpi_files.Leftovers(os.stat(path).st_ctime).remove()
+        assert not os.path.exists(path) and other.exists()
+    finally:
+        other.unlink()
+
+
+def test_paths_elsewhere_are_not_removed(tmp_path: Path, path: str):
+    (tmp_path / "mine").touch()
+    mpi_files.remove([str(tmp_path / "mine"), f"{mpi_files.SHARED_MEMORY}..{tmp_path}/mine", path, path])
+    assert (tmp_path / "mine").exists() and not os.path.exists(path)
