@@ -125,3 +125,40 @@ def inner():
     return subprocess.run([sys.executable, "-P", "-c", text], capture_output=True, text=True, timeout=50).stdout
 print("inner", inner(), ray.get(ray.remote(inner).remote()), "outer", len(ray.nodes()), flush=True)
 """
+
+# Works on both hosts, and once more after it has stood still for at least as many seconds as it is told.
+STANDS_STILL = """
+import sys, time
+import numpy as np
+import hpc_ray as ray
+
+ray.init()
+nodes = [ray.util.scheduling_strategies.NodeAffinitySchedulingStrategy(node["NodeID"], soft=False) for node in ray.nodes()]
+
+@ray.remote(num_cpus=0)
+class Counter:
+    def __init__(self):
+        self.count = 0
+    def add(self, array):
+        self.count += 1
+        return array + self.count
+
+counters = [Counter.options(scheduling_strategy=node).remote() for node in nodes]
+data = ray.put(np.arange(100_000))
+rounds = 0
+
+def round():
+    global rounds
+    rounds += 1
+    for sums in ray.get([counter.add.remote(data) for counter in counters]):
+        assert (sums == np.arange(100_000) + rounds).all()
+
+print("ready", len(nodes), flush=True)
+before = time.monotonic()
+while time.monotonic() < before + float(sys.argv[1]):
+    before = time.monotonic()
+    round()
+for _ in range(100):
+    round()
+print("went on")
+"""

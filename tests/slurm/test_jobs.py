@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import importlib.util
+import time
 
 import pytest
 from boxes import ROOT
-from slurm_programs import DRAINS, HOSTS, RESUMES
+from slurm_programs import DRAINS, HOSTS, RESUMES, STANDS_STILL
 from slurm_site import HPC_RAY, await_line
 
 pytestmark = [pytest.mark.slurm, pytest.mark.timeout(180)]
@@ -42,6 +43,22 @@ def test_the_driver_drains(slurm, signal, code):
     assert child.returncode != 0
     (state,) = slurm.states(number)
     assert state.state == ("FAILED" if signal else "CANCELLED")
+
+
+@pytest.mark.parametrize("more", [[], ["--survive-nodes"]], ids=["MPI", "TCP"])
+def test_a_suspended_job_goes_on(slurm, more, monkeypatch):
+    """Nobody is taken for dead who stood still together with all others."""
+    monkeypatch.setitem(slurm.environment, "HPC_RAY_HEARTBEAT_S", "0.2")
+    monkeypatch.setitem(slurm.environment, "HPC_RAY_HEARTBEAT_TIMEOUT_S", "1")
+    with slurm.submit(slurm.program("stands_still", STANDS_STILL), "-N", "2", *more, arguments=("3",)) as child:
+        number = slurm.job_of(child)
+        assert await_line(child, "ready").split()[-1] == "2"
+        assert slurm.run("scontrol", "suspend", number).returncode == 0
+        time.sleep(5)  # time in which nobody hears of anybody
+        assert [job.state for job in slurm.states(number)] == ["SUSPENDED"]
+        assert slurm.run("scontrol", "resume", number).returncode == 0
+        out, err = child.communicate(timeout=60)
+    assert child.returncode == 0 and "went on" in out, out + err
 
 
 def test_what_slurm_refuses_comes_with_what_there_is(slurm):
