@@ -345,7 +345,7 @@ class ActorClass:
         task = Task(client.actors, creation, client.minter.task_id())
         client.packer.pack(task, args, kwargs)
         if task.dependencies:
-            client.make_ready([entry for _, entry in task.dependencies])
+            client.values.make_ready([entry for _, entry in task.dependencies])
         with client.lock:
             dependencies = client.packer.resolve(task)
         for name, (_, marked) in description.methods.items():

@@ -75,7 +75,7 @@ def get(
     if timeout is not None:
         _check_seconds("get", timeout)
     if type(object_refs) is ObjectRef:
-        return client.get_one(object_refs, timeout)
+        return client.values.get_one(object_refs, timeout)
     if isinstance(object_refs, ObjectRefGenerator):  # it is what a task has given, and no reference
         return object_refs
     if hasattr(object_refs, "_get_for_api"):
@@ -89,7 +89,7 @@ def get(
     for item in object_refs:
         if not isinstance(item, ObjectRef):
             raise TypeError(f"get takes a list of ObjectRefs; one of them is a {type(item).__name__}: {_short(item)}")
-    return client.get_many(object_refs, timeout)
+    return client.values.get_many(object_refs, timeout)
 
 
 def put(value: Any, *, _owner: Any = None, _tensor_transport: str | None = None) -> ObjectRef:
@@ -109,7 +109,7 @@ def put(value: Any, *, _owner: Any = None, _tensor_transport: str | None = None)
         raise ValueError(f"put(_tensor_transport={_tensor_transport!r}): objects travel through the object store; leave it out")
     if _owner is not None:
         raise ValueError("put(_owner=...) is not offered: an object belongs to the process that puts it. Put it in that actor.")
-    return ensure_connected().put(value)
+    return ensure_connected().values.put(value)
 
 
 def wait(
@@ -144,7 +144,7 @@ def wait(
         raise ValueError(f"Invalid number of objects to return {num_returns}.")
     if num_returns > len(ray_waitables):
         raise ValueError(f"num_returns cannot be greater than the number of object refs ({num_returns} > {len(ray_waitables)})")
-    ready = client.wait(ray_waitables, num_returns, timeout, fetch_local)
+    ready = client.values.wait(ray_waitables, num_returns, timeout, fetch_local)
     rest = ray_waitables.copy()
     if len(ready) == 1:  # the usual loop: one by one out of many
         return [rest.pop(ready[0])], rest

@@ -16,8 +16,9 @@ from typing import Any
 
 from hpc_ray import as_ray
 from hpc_ray.client import context
-from hpc_ray.client.client import Client, Waiter
+from hpc_ray.client.client import Client
 from hpc_ray.client.logging_config import LoggingConfig, use_logging
+from hpc_ray.client.waiting import Waiter
 from hpc_ray.config import Settings
 from hpc_ray.exceptions import LaunchError, LocalRayletDiedError, RayError
 from hpc_ray.ids import GCS_ADDRESS, raylet_address

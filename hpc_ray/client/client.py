@@ -17,29 +17,27 @@ import threading
 import time
 import traceback
 from collections import deque
-from collections.abc import Callable, Collection, Iterable, Sequence
-from operator import attrgetter
+from collections.abc import Callable, Iterable
 from typing import Any
 
-from hpc_ray import exceptions, serialize
-from hpc_ray._core import ArenaFull, Lane, Segment, Store
+from hpc_ray import exceptions
+from hpc_ray._core import Lane, Segment, Store
 from hpc_ray.client import refs
 from hpc_ray.client.actors import ActorSubmitter
 from hpc_ray.client.calls import CallPacker, Function
 from hpc_ray.client.interrupts import AGAIN_S, Interrupts
-from hpc_ray.client.objects import ARENA, ERROR, FREED, INLINE, READY, Entry, ObjectTable
+from hpc_ray.client.objects import Entry, ObjectTable
 from hpc_ray.client.records import Records
-from hpc_ray.client.refs import ObjectRef, new_reference
 from hpc_ray.client.tasks import TaskSubmitter
+from hpc_ray.client.values import ObjectValues
+from hpc_ray.client.waiting import Request, Waiter, check
 from hpc_ray.config import NodeConfig
-from hpc_ray.exceptions import GetTimeoutError, LocalRayletDiedError, ObjectStoreFullError, RayError, RaySystemError, RayTaskError
+from hpc_ray.exceptions import GetTimeoutError, LocalRayletDiedError
 from hpc_ray.ids import RAYLET_LANE, IdMinter, lane_of, node_of, raylet_address
 from hpc_ray.protocol import (
     ActorCreated,
     Answer,
-    ArenaFullNotice,
     ArenaRoom,
-    Dependency,
     ExportFunction,
     JobRegistered,
     LogLines,
@@ -49,7 +47,6 @@ from hpc_ray.protocol import (
     ProcessDied,
     ProcessStarted,
     Query,
-    Result,
     Shutdown,
     TaskItem,
     TaskReply,
@@ -61,67 +58,6 @@ from hpc_ray.protocol import (
 from hpc_ray.spilling import ObjectFiles
 
 TICK_S = 0.02
-ROOM_TRIES = 5  # others may take the room that was made; then the object goes to a file
-
-
-class Waiter:
-    """What a thread waits for: done after ``left`` calls of ``one``."""
-
-    __slots__ = ("done", "entries", "left", "sleeper", "wake")
-
-    def __init__(self, left: int = 1):
-        self.left = left
-        self.done = left <= 0
-        self.entries: Collection[Entry] = ()  # that ``wake`` was left with; see ``Client.withdraw``
-        self.wake: Callable[[Entry], None] = _nothing
-        self.sleeper: threading.Event | None = None  # set while the owner sleeps instead of draining
-
-    def one(self) -> None:
-        self.left -= 1
-        if self.left <= 0:
-            self.finish()
-
-    def one_ready(self, entry: Entry) -> None:
-        self.one()
-
-    def one_available(self, entry: Entry) -> None:
-        """An error ends the wait: nobody wants the others then."""
-        result = entry.result
-        if result is not None and result.kind == ERROR:
-            self.finish()
-        else:
-            self.one()
-
-    def finish(self) -> None:
-        self.done = True
-        if self.sleeper is not None:
-            self.sleeper.set()
-
-
-def _nothing(entry: Entry) -> None:
-    pass
-
-
-class _Then(Waiter):
-    """A waiter that nobody waits for; it calls ``then`` instead."""
-
-    __slots__ = ("then",)
-
-    then: Callable[[], None]
-
-    def finish(self) -> None:
-        if not self.done:
-            self.done = True
-            self.then()
-
-
-class _Request(Waiter):
-    __slots__ = ("answer", "destination")
-
-    def __init__(self, destination: int):
-        super().__init__()
-        self.destination = destination
-        self.answer: Any = None
 
 
 class _Closed:
@@ -142,10 +78,6 @@ class _Closed:
         pass
 
     wake_background = flush = wake
-
-
-class _Loading(threading.local):
-    loans: list[Entry] | None = None  # references met by the deserialisation under way
 
 
 class Client:
@@ -189,19 +121,17 @@ class Client:
         self.interrupts = Interrupts(self)
         self.dead: set[int] = set()  # processes that are known to be gone
         self.dead_nodes: set[int] = set()
-        self.pull_waiters: dict[bytes, list[Callable[[], None]]] = {}
-        self.in_wait = False  # a thread is in ``wait``, for those who list tasks
         self.records = Records(self)
         self.objects = ObjectTable(self)
+        self.values = ObjectValues(self)
         self.packer = CallPacker(self)
         self.tasks = TaskSubmitter(self, self.packer)
         self.actors = ActorSubmitter(self, self.packer)
         self.environments: dict[str, tuple[str, Any]] = {}  # runtime environments as given → as they travel, and the given
         self._exported: dict[int, set[bytes]] = {}
         self._batch: list[tuple[int, bytes]] = []  # what is being dispatched; the next message is the last
-        self._requests: dict[int, _Request] = {}
+        self._requests: dict[int, Request] = {}
         self._request_ids = itertools.count(1)
-        self._loading = _Loading()
         self._ticking = False
         self._releasing = False  # references go: the background thread looks at them every tick, and nobody has to wake it
         self._thread: threading.Thread | None = None
@@ -247,7 +177,8 @@ class Client:
         self._start()
 
     def _start(self) -> None:
-        refs.install(self._meet, self.add_done_callback, self.get_one, self._leak, self.lane.wake_background)
+        values = self.values
+        refs.install(values.meet, values.add_done_callback, values.get_one, values.leak, self.lane.wake_background)
         self._thread = threading.Thread(target=self._background, name="hpc_ray-io", daemon=True)
         self._thread.start()
 
@@ -311,12 +242,12 @@ class Client:
             RayError: the destination died.
         """
         request_id = next(self._request_ids)
-        request = _Request(destination)
+        request = Request(destination)
         with self.lock:
             self._requests[request_id] = request
         return self._await(request_id, request, self.send(destination, make(request_id)), timeout_s)
 
-    def _await(self, request_id: int, request: _Request, sent: bool, timeout_s: float | None) -> Any:
+    def _await(self, request_id: int, request: Request, sent: bool, timeout_s: float | None) -> Any:
         destination = request.destination
         try:
             if not sent:
@@ -336,18 +267,21 @@ class Client:
         Raises: whatever class the answer names.
         """
         answer = self.request(destination, lambda request_id: Query(request_id, name, arguments), timeout_s)
-        return _value_of(answer)
+        check(answer)
+        return answer.value
 
     def ask(self, destination: int, name: str, /, **arguments: Any) -> Callable[[], Any]:
         """The same without waiting: what is returned waits, and gives the value or raises. To be called once."""
         request_id = next(self._request_ids)
-        request = _Request(destination)
+        request = Request(destination)
         with self.lock:
             self._requests[request_id] = request
         sent = self.send(destination, Query(request_id, name, arguments))
 
         def answered() -> Any:
-            return _value_of(self._await(request_id, request, sent, None))
+            answer = self._await(request_id, request, sent, None)
+            check(answer)
+            return answer.value
 
         return answered
 
@@ -355,7 +289,7 @@ class Client:
         self, destinations: Iterable[int], name: str, timeout_s: float, /, **arguments: Any
     ) -> tuple[dict[int, Any], int]:
         """Ask several processes at once; what those answered that live, and how many were late. Blocks."""
-        requests = {destination: (next(self._request_ids), _Request(destination)) for destination in destinations}
+        requests = {destination: (next(self._request_ids), Request(destination)) for destination in destinations}
         deadline = self.now() + timeout_s
         with self.lock:
             self._requests.update(requests.values())
@@ -456,7 +390,7 @@ class Client:
                 self.on_unblocked()
             if main:
                 interrupts.waiting = outer
-        if self.broken is not None and not isinstance(waiter, _Request):
+        if self.broken is not None and not isinstance(waiter, Request):
             raise self.broken
         return True
 
@@ -640,424 +574,3 @@ class Client:
                 message = self._log_lines.popleft()
                 self.on_log(message)
                 self.lines_shown += len(message.lines)
-
-    # -------------------------------------------------------------- objects
-
-    def put(self, value: Any) -> ObjectRef:
-        """Store a value; its reference. Raises what ``serialize`` raises, and ``store_value``."""
-        self.work_off_released()
-        try:
-            serialized = serialize.serialize(value)
-        except TypeError as error:
-            where = serialize.explain(value, "value")
-            raise TypeError(f"Could not serialize the value: {error}. The part at fault: {where}") from error
-        entry = self.objects.put(serialized, [reference._entry for reference in serialized.contained])
-        return ObjectRef(entry)
-
-    def store_value(self, object_id: bytes, serialized: serialize.Serialized, owner: int) -> Result:
-        """Put bytes where they belong by their size: into a message, or into the arena.
-
-        Raises:
-            ObjectStoreFullError, OutOfDiskError: neither the arena nor the disk has room for it.
-        """
-        if serialized.size <= self.settings.inline_bytes:
-            return Result(INLINE, serialized.to_bytes(), size=serialized.size)
-        store = self.store
-        handle = self._create(object_id, serialized.size, owner)
-        on_disk = handle is None
-        if handle is None:
-            handle = self._create_on_disk(object_id, serialized.size, owner)
-        try:
-            if on_disk:
-                self.files.write(handle, serialized.size, serialized.pieces())
-            else:
-                for offset, data in serialized.pieces():
-                    store.write(handle, offset, data)
-        except BaseException:
-            store.abort(handle)
-            raise
-        store.seal(handle)
-        return Result(ARENA, b"", self.node, handle, serialized.size)
-
-    def _create(self, object_id: bytes, size: int, owner: int) -> int | None:
-        """Room in the arena, after a wait for the raylet to make some if need be; None if the object shall go to a file."""
-        for _ in range(ROOM_TRIES):
-            try:
-                return self.store.create(object_id, size, owner)
-            except ArenaFull:
-                self.work_off_released()
-            answer = self.request(self.raylet, lambda request_id: ArenaFullNotice(request_id, size))
-            if answer.error:
-                raise _error_class(answer.error_kind)(answer.error)
-            if answer.on_disk:
-                break
-        return None
-
-    def _create_on_disk(self, object_id: bytes, size: int, owner: int) -> int:
-        try:
-            return self.store.create_on_disk(object_id, size, owner)
-        except ArenaFull as error:
-            raise ObjectStoreFullError(f"The object store of node {self.node} has more objects than it can count: {error}") from None
-
-    def get_one(self, reference: ObjectRef, timeout_s: float | None = None) -> Any:
-        """The value of a reference; raises its error. Blocks."""
-        entry = reference._entry
-        result = entry.result
-        if entry.state != READY or result is None or result.kind == ARENA:
-            self.make_available([entry], timeout_s)
-        return self.load(entry)
-
-    def get_many(self, references: Sequence[ObjectRef], timeout_s: float | None = None) -> list[Any]:
-        """The values of references; raises the error of the first that has one, as soon as it is known. Blocks."""
-        entries = [reference._entry for reference in references]
-        self.make_available(entries, timeout_s)
-        for entry in entries:
-            result = entry.result
-            if result is not None and result.kind == ERROR and entry.state is READY:
-                self.load(entry)
-        return self.load_all(entries)
-
-    def make_ready(self, entries: Sequence[Entry], timeout_s: float | None = None) -> None:
-        """Wait until all entries have a value, a place or an error. Blocks.
-
-        Raises:
-            GetTimeoutError: not in time.
-        """
-        with self.lock:
-            unready = [entry for entry in entries if entry.state != READY]
-            waiter = Waiter(len(unready))
-            self._wake_when_ready(waiter, waiter.one_ready, unready)
-        try:
-            if not self.block(waiter, timeout_s):
-                raise GetTimeoutError(f"not ready after {timeout_s:g} s")
-        finally:
-            self.withdraw(waiter)
-
-    def make_available(self, entries: Sequence[Entry], timeout_s: float | None) -> None:
-        """Wait until all entries can be loaded here, or one is an error. Blocks.
-
-        Raises:
-            GetTimeoutError: not in time.
-        """
-        if refs.released:
-            self.work_off_released()
-        deadline = None if timeout_s is None else self.now() + timeout_s
-        while True:
-            waiter = self._missing(entries)
-            if waiter is None:
-                return
-            left = None if deadline is None else max(0.0, deadline - self.now())
-            try:
-                in_time = self.block(waiter, left)
-            finally:
-                self.withdraw(waiter)
-            if not in_time:
-                late = sum(entry.state != READY for entry in entries)
-                raise GetTimeoutError(
-                    f"Get timed out: {late or 'some'} of {len(entries)} object(s) not ready after {timeout_s:g} s."
-                )
-
-    def _missing(self, entries: Sequence[Entry], kind: type[Waiter] = Waiter) -> Waiter | None:
-        """A waiter for what is not here yet; None if all is here, or one has an error. Of the results of one task that follow one another
-        it waits for the first: they come together, and whoever waits looks again."""
-        with self.lock:
-            missing: dict[Entry, None] = {}  # each once
-            elsewhere: dict[Entry, None] = {}
-            objects = self.objects
-            task: Any = None
-            for entry in entries:
-                result = entry.result
-                if entry.state is READY and result is not None and result.kind == INLINE:
-                    continue
-                if objects.entries.get(entry.id) is not entry:
-                    raise exceptions.ObjectLostError(entry.id.hex(), detail="The reference is from another session")
-                if entry.state is not READY:
-                    if task is None or entry.task is not task:
-                        missing[entry] = None
-                        task = entry.task
-                else:
-                    assert result is not None
-                    if result.kind == ERROR:
-                        return None
-                    if result.kind == ARENA and objects.local_handle(entry) is None:
-                        elsewhere[entry] = None
-            for entry in elsewhere:
-                objects.pull(entry)
-            if not missing and not elsewhere:
-                return None
-            waiter = kind(len(missing) + len(elsewhere))
-
-            def one_ready(entry: Entry) -> None:
-                result = entry.result
-                if result is not None and result.kind == ARENA and objects.local_handle(entry) is None:
-                    objects.pull(entry)  # it comes while others are made; the next look waits for it
-                waiter.one_available(entry)
-
-            self._wake_when_ready(waiter, one_ready, missing)
-            for entry in elsewhere:
-                self.pull_waiters.setdefault(entry.id, []).append(waiter.one)
-            return waiter
-
-    def _wake_when_ready(self, waiter: Waiter, wake: Callable[[Entry], None], entries: Collection[Entry]) -> None:
-        waiter.wake, waiter.entries = wake, entries
-        for entry in entries:
-            self.objects.on_ready(entry, wake)
-
-    def withdraw(self, waiter: Waiter) -> None:
-        """Nobody waits for it any more: take back the wakes that it has left with entries. Takes the lock."""
-        if waiter.left <= 0:
-            return  # all were used
-        with self.lock:
-            wake = waiter.wake
-            for entry in waiter.entries:
-                if entry.waiters is not None and wake in entry.waiters:
-                    entry.waiters.remove(wake)
-                    if entry.count <= 0:
-                        self.objects.drop_if_unused(entry)
-
-    def pulled(self, entry: Entry) -> None:
-        """A pull ended, well or not; whoever waits looks again."""
-        for wake in self.pull_waiters.pop(entry.id, ()):
-            wake()
-
-    def load(self, entry: Entry) -> Any:
-        """The value of an entry that is available here; raises its error."""
-        result = entry.result
-        assert result is not None
-        if result.kind == ARENA:
-            handle = self.objects.local_handle(entry)
-            data: Any = None if handle is None else self.files.read(handle)
-            if data is None:
-                with self.lock:
-                    if entry.state == READY:
-                        self.objects.lost_at(entry, self.node)
-                self.make_available([entry], None)
-                return self.load(entry)
-        else:
-            data = result.payload
-        value, loans = self.load_with_loans(data)
-        if loans:
-            with self.lock:
-                self.objects.register(loans, [entry])
-        if result.kind == ERROR:
-            raise value.as_instanceof_cause() if isinstance(value, RayTaskError) else value
-        return value
-
-    def load_all(self, entries: Sequence[Entry]) -> list[Any]:
-        """``load`` of each; 0.4 µs for a small value."""
-        loading = self._loading
-        outer = loading.loans
-        loans: list[Entry] = []
-        loading.loans = loans
-        values = []
-        try:
-            for entry in entries:
-                result = entry.result
-                if result is None or result.kind != INLINE:
-                    values.append(self.load(entry))
-                    continue
-                try:
-                    values.append(serialize.deserialize(result.payload))
-                except Exception as error:
-                    raise RaySystemError(str(error), traceback.format_exc()) from error
-                if loans:
-                    with self.lock:
-                        self.objects.register(loans, [entry])
-                    loans = loading.loans = []
-        finally:
-            loading.loans = outer
-        return values
-
-    def load_with_loans(self, data: Any) -> tuple[Any, list[Entry]]:
-        """A value, and the borrowed references met in it for which this process is not registered yet.
-
-        Raises:
-            RaySystemError: it cannot be made here, for instance because a module is missing.
-        """
-        outer = self._loading.loans
-        loans = self._loading.loans = []
-        try:
-            return serialize.deserialize(data), loans
-        except Exception as error:
-            raise RaySystemError(str(error), traceback.format_exc()) from error
-        finally:
-            self._loading.loans = outer
-
-    def pack_value(self, value: Any, slot: int) -> tuple[Dependency, ObjectRef | None]:
-        """A value for a message to another process; with it a reference to be held until it has been read, if that is needed.
-
-        Raises:
-            TypeError: it cannot be pickled.
-            ObjectStoreFullError: no room for it.
-        """
-        try:
-            serialized = serialize.serialize(value)
-        except Exception as error:
-            where = serialize.explain(value, "value")
-            raise TypeError(f"Could not serialize the value: {error}. The part at fault: {where}") from error
-        if serialized.size <= self.settings.inline_bytes and not serialized.contained:
-            return Dependency(b"", Result(INLINE, serialized.to_bytes(), size=serialized.size), slot), None
-        self.work_off_released()
-        entry = self.objects.put(serialized, [reference._entry for reference in serialized.contained])
-        assert entry.result is not None
-        return Dependency(entry.id, entry.result, slot, entry.places or []), ObjectRef(entry)
-
-    def value_of(self, dependency: Dependency) -> tuple[Any, list[Entry]]:
-        """A value that came in a message, and the references in it that are on loan. Blocks while it is on another node.
-
-        Raises:
-            RayError: it is an error, or lost.
-        """
-        result = dependency.result
-        if result.kind != ARENA:
-            value, loans = self.load_with_loans(result.payload)
-            if result.kind == ERROR:
-                raise value
-            return value, loans
-        here = self.node
-        handles = [handle for node, handle in dependency.places if node == here]
-        if not handles and (brought := self.objects.brought.get(dependency.object_id)):
-            handles.append(brought)
-        for handle in handles:
-            pin = self.files.read(handle)
-            if pin is not None:
-                return self.load_with_loans(pin)
-        with self.lock:  # on another node: borrow it, on the caller's loan, and wait for a copy
-            entry = self.objects.meet(dependency.object_id)
-            entry.count += 1
-            if not entry.owned:
-                self.objects.set_result(entry, result, [list(place) for place in dependency.places if place[0] != here])
-        try:
-            self.make_available([entry], None)
-            local = self.objects.local_handle(entry)
-            pin = self.files.read(local) if local is not None else None
-            if pin is None:
-                return self.load(entry), []
-            return self.load_with_loans(pin)
-        finally:
-            with self.lock:
-                self.objects.release(entry)
-
-    def wait(self, references: Sequence[Any], num_returns: int, timeout_s: float | None, fetch_local: bool) -> list[int]:
-        """Wait until ``num_returns`` are ready or the time is over; the positions of the first that are ready, at most so
-        many. Blocks. 50 ns for each reference where enough are ready.
-
-        Raises:
-            ValueError: a reference is there twice.
-            ObjectLostError: one is from another session.
-        """
-        if refs.released:
-            self.work_off_released()
-        try:
-            entries: list[Entry] = list(map(_entry_of, references))
-        except AttributeError:  # some are generators
-            with self.lock:
-                entries = [item._entry if isinstance(item, ObjectRef) else item._head() for item in references]
-        if len(set(entries)) != len(entries):
-            raise ValueError("Wait requires a list of unique object refs.")
-        ready = _first_ready(entries, num_returns)
-        if len(ready) < num_returns:
-            self._await_some(entries, num_returns, timeout_s)
-            ready = _first_ready(entries, num_returns)
-        if fetch_local:
-            with self.lock:
-                for entry in entries:
-                    result = entry.result
-                    if result is not None and result.kind == ARENA and entry.state is READY and self.objects.local_handle(entry) is None:
-                        self.objects.pull(entry)
-        return ready
-
-    def _await_some(self, entries: list[Entry], count: int, timeout_s: float | None) -> None:
-        """Wait until ``count`` entries are READY or the time is over. Blocks."""
-        with self.lock:
-            unready = [entry for entry in entries if entry.state is not READY]
-            for entry in unready:
-                if entry.state is FREED:
-                    raise exceptions.ObjectLostError(entry.id.hex(), detail="The reference is from another session")
-            waiter = Waiter(count - (len(entries) - len(unready)))
-            if not waiter.done:
-                self._wake_when_ready(waiter, waiter.one_ready, unready)
-        if waiter.done:
-            return
-        self.in_wait = True
-        try:
-            self.block(waiter, timeout_s)
-        finally:
-            self.in_wait = False
-            waiter.left = len(unready)  # some were not waited for
-            self.withdraw(waiter)
-
-    def add_done_callback(self, entry: Entry, callback: Callable[[], None]) -> None:
-        """Call back, without the lock, once the entry can be loaded here without waiting."""
-
-        def look() -> None:
-            waiter = self._missing([entry], _Then)
-            if waiter is None:
-                self.callbacks.append(finished)
-            else:
-                assert isinstance(waiter, _Then)
-                waiter.then = look
-
-        def finished() -> None:
-            self.lane.eager -= 1
-            callback()
-
-        with self.lock:
-            self.lane.eager += 1
-            look()
-        if self.lane.eager:
-            self.lane.wake_background()
-        self.run_callbacks()
-
-    def _meet(self, object_ids: Iterable[bytes]) -> list[ObjectRef]:
-        """References that came from elsewhere, 0.2 µs each; those that are borrowed are on loan (OBJ-2)."""
-        objects = self.objects
-        known, meet = objects.entries.get, objects.meet
-        entries, borrowed = [], []
-        with self.lock:
-            for object_id in object_ids:
-                entry = known(object_id) or meet(object_id)
-                entry.count += 1
-                entries.append(entry)
-                if not entry.owned and not entry.added:
-                    borrowed.append(entry)
-            if borrowed:
-                if self._loading.loans is not None:
-                    self._loading.loans.extend(borrowed)
-                else:
-                    objects.register(borrowed)
-        references = []
-        for entry in entries:  # without the lock: the collector may run here, and finalisers of the user's
-            reference = new_reference(ObjectRef)
-            reference._entry = entry
-            references.append(reference)
-        return references
-
-    def _leak(self, entry: Entry) -> None:
-        with self.lock:
-            entry.count += 1
-
-
-_entry_of = attrgetter("_entry")
-
-
-def _value_of(answer: Any) -> Any:
-    if answer.error:
-        raise _error_class(answer.error_kind)(answer.error)
-    return answer.value
-
-
-def _first_ready(entries: list[Entry], count: int) -> list[int]:
-    """The positions of the first ``count`` entries that are READY."""
-    found = []
-    for position, entry in enumerate(entries):
-        if entry.state is READY:
-            found.append(position)
-            if len(found) == count:
-                break
-    return found
-
-
-def _error_class(name: str) -> type[Exception]:
-    found = getattr(exceptions, name, None) or {"ValueError": ValueError, "KeyError": KeyError, "TypeError": TypeError}.get(name)
-    return found or RayError

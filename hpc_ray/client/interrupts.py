@@ -20,7 +20,8 @@ from typing import TYPE_CHECKING, Any
 from hpc_ray.slurm import signals
 
 if TYPE_CHECKING:
-    from hpc_ray.client.client import Client, Waiter
+    from hpc_ray.client.client import Client
+    from hpc_ray.client.waiting import Waiter
 
 AGAIN_S = 0.001
 

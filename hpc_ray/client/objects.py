@@ -145,7 +145,7 @@ class ObjectTable:
     def put(self, serialized: Serialized, contained: list[Entry]) -> Entry:
         """A new owned object with this value and one hold. Copies before it takes the lock."""
         object_id = self.client.minter.put_id()
-        result = self.client.store_value(object_id, serialized, self.client.address)
+        result = self.client.values.store_value(object_id, serialized, self.client.address)
         with self.client.lock:
             entry = self.own(object_id)
             entry.count = 1
@@ -440,7 +440,7 @@ class ObjectTable:
             self.add_place(entry, node_of(self.client.address), message.handle)
         if entry is not None and entry.result is not None:
             entry.pulling = False
-            self.client.pulled(entry)
+            self.client.values.pulled(entry)
 
     def remember_brought(self, object_id: bytes, handle: int) -> None:
         """For those who get the same reference again, without any hold in between."""
@@ -456,7 +456,7 @@ class ObjectTable:
         entry.pulling = False
         if entry.state == READY and entry.places:  # else the death of that node came first, and it has been made again, or is to be
             self.lost_at(entry, message.node)
-        self.client.pulled(entry)
+        self.client.values.pulled(entry)
 
     def lost_at(self, entry: Entry, node: int) -> None:
         """A copy is not where it was said to be: try another, ask the owner, or make it again."""

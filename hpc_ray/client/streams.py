@@ -150,7 +150,7 @@ class ObjectRefGenerator:
         """
         with self._client.lock:
             entry = self._head()
-        self._client.make_ready([entry], timeout_s)
+        self._client.values.make_ready([entry], timeout_s)
         with self._client.lock:
             return self._stream.take()
 
@@ -172,7 +172,7 @@ class ObjectRefGenerator:
 
         with self._client.lock:
             head = self._head()
-        self._client.add_done_callback(head, wake)
+        self._client.values.add_done_callback(head, wake)
         await waiting
         with self._client.lock:
             reference = self._stream.take()

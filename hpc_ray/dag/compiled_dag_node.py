@@ -17,9 +17,10 @@ from collections.abc import Callable, Iterable
 from functools import partial
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from hpc_ray.client.client import Client, Waiter
+from hpc_ray.client.client import Client
 from hpc_ray.client.graphs import Program, Receiver, Slot, Step, close_graph, open_graph
 from hpc_ray.client.refs import ObjectRef, call_in_loop
+from hpc_ray.client.waiting import Waiter
 from hpc_ray.dag.context import DAGContext
 from hpc_ray.exceptions import (
     ActorDiedError,
@@ -239,7 +240,7 @@ class CompiledDAG:
 
     def _open(self) -> None:
         client = self._client
-        client.get_many([member.handle.__ray_ready__.remote() for member in self._members])
+        client.values.get_many([member.handle.__ray_ready__.remote() for member in self._members])
         read_by: dict[int, list[_Member]] = {}
         for member in self._members:
             for slot in {slot for call in member.calls for slot in call.inputs}:
@@ -253,7 +254,7 @@ class CompiledDAG:
                     raise ActorDiedError(link.id.hex(), f"The actor {link.id.hex()} of a compiled graph: {_RESTART}")
                 link.watchers.append(_watcher(this))
         opened = [member.handle.__ray_call__.remote(open_graph, self._program(member, read_by)) for member in self._members]
-        client.get_many(opened)
+        client.values.get_many(opened)
         feeds: dict[_Member, list[int]] = {}
         for slot in self._plan.feeds:
             for member in read_by[slot]:
@@ -299,7 +300,7 @@ class CompiledDAG:
             return
         for reference in _close(self._members):
             try:
-                client.get_one(reference, self._teardown_timeout if self._teardown_timeout >= 0 else None)
+                client.values.get_one(reference, self._teardown_timeout if self._teardown_timeout >= 0 else None)
             except RayError:
                 pass  # dead, or busy for longer than that; it will find the graph closed
         if kill_actors:
@@ -397,7 +398,7 @@ class CompiledDAG:
         for slot in self._plan.feeds:
             key = self._plan.keys[slot]
             value = args[0] if key is None else args[key] if isinstance(key, int) else kwargs[key]
-            packed[slot], reference = client.pack_value(value, slot)
+            packed[slot], reference = client.values.pack_value(value, slot)
             if reference is not None:
                 self._held.append((index, reference))
         while self._held and self._held[0][0] <= index - self._max_inflight:
@@ -475,7 +476,7 @@ class CompiledDAG:
 
     def _load(self, dependency: Dependency) -> Any:
         try:
-            value, loans = self._client.value_of(dependency)
+            value, loans = self._client.values.value_of(dependency)
         except Exception as error:
             return _Error(error)
         if loans:

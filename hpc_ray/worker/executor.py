@@ -23,11 +23,12 @@ from typing import Any
 
 from hpc_ray import serialize
 from hpc_ray.client import context
-from hpc_ray.client.client import Client, Waiter
+from hpc_ray.client.client import Client
 from hpc_ray.client.context import LeaveProcess
 from hpc_ray.client.logging_config import use_logging
 from hpc_ray.client.objects import ARENA, ERROR, Entry
 from hpc_ray.client.records import now_ns
+from hpc_ray.client.waiting import Waiter
 from hpc_ray.exceptions import TaskCancelledError
 from hpc_ray.ids import TaskID
 from hpc_ray.launcher import nearness
@@ -336,15 +337,15 @@ class Executor:
         if not task.dependencies:
             if data == NO_ARGUMENTS:
                 return (), {}, loans
-            (args, kwargs), loans = client.load_with_loans(data)
+            (args, kwargs), loans = client.values.load_with_loans(data)
             return args, kwargs, loans
-        values = [(dependency.slot, *self.client.value_of(dependency)) for dependency in task.dependencies]
+        values = [(dependency.slot, *self.client.values.value_of(dependency)) for dependency in task.dependencies]
         for _, _, more in values:
             loans += more
         if values[0][0] == ALL_ARGUMENTS:
             args, kwargs = values.pop(0)[1]
         else:
-            (args, kwargs), more = client.load_with_loans(data)
+            (args, kwargs), more = client.values.load_with_loans(data)
             loans += more
         if values:
             args = list(args)
@@ -434,7 +435,7 @@ class Executor:
                 continue
             state = "RUNNING" if started else "PENDING_ACTOR_TASK_ORDERING_OR_CONCURRENCY"
             if runner == main and self.blocked:
-                state = "RUNNING_IN_RAY_WAIT" if self.client.in_wait else "RUNNING_IN_RAY_GET"
+                state = "RUNNING_IN_RAY_WAIT" if self.client.values.in_wait else "RUNNING_IN_RAY_GET"
             found.append((task_id, current.attempt, current.name, current.function_name, started, 0, 0, 0, False, state))
         if self.host.creating is not None:
             current, started = self.host.creating

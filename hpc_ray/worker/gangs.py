@@ -33,11 +33,11 @@ import msgspec
 from hpc_ray import serialize
 from hpc_ray.client import context
 from hpc_ray.client.calls import Function, Task, Template
-from hpc_ray.client.client import Waiter
 from hpc_ray.client.objects import ERROR
 from hpc_ray.client.records import now_ns
 from hpc_ray.client.refs import ObjectRef
 from hpc_ray.client.rooms import Instances, Room
+from hpc_ray.client.waiting import Waiter
 from hpc_ray.exceptions import AsyncioActorExit, GangError, LaunchError, MPIError, RayError, TaskCancelledError
 from hpc_ray.ids import GCS_ADDRESS, TaskID
 from hpc_ray.launcher import mpi_files, steps
@@ -334,7 +334,7 @@ class Gangs:
         failure = call.failure or call.hearsay
         if failure is not None:
             raise GangFailed(failure, call.settled.done)
-        return self.client.get_many(call.references, None)
+        return self.client.values.get_many(call.references, None)
 
     # -- the step
 

@@ -146,7 +146,7 @@ class Graph:
             if type(value) is Dependency:
                 if value.result.kind == ERROR:
                     raise _Failed(value.result)
-                loaded, loans = self.client.value_of(value)
+                loaded, loans = self.client.values.value_of(value)
                 if loans:
                     with self.client.lock:
                         self.client.objects.register(loans)
@@ -168,7 +168,7 @@ class Graph:
                 raise ValueError(f"{step.method} gave {len(values)} values, and num_returns is {len(step.outputs)}")
         packed: dict[int, Dependency] = {}
         for slot in {slot for receiver in step.receivers for slot in receiver.slots}:
-            packed[slot], reference = self.client.pack_value(values[step.outputs.index(slot)], slot)
+            packed[slot], reference = self.client.values.pack_value(values[step.outputs.index(slot)], slot)
             if reference is not None:
                 self.held.append((self.execution, reference))
         self.deliver(packed, {slot: [values[step.outputs.index(slot)]] for slot in step.local})

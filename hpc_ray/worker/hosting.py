@@ -14,11 +14,11 @@ from typing import TYPE_CHECKING, Any
 
 from hpc_ray import serialize
 from hpc_ray.client import context
-from hpc_ray.client.client import Waiter
 from hpc_ray.client.context import LeaveProcess
 from hpc_ray.client.logging_config import use_logging
 from hpc_ray.client.objects import ARENA, Entry
 from hpc_ray.client.records import now_ns
+from hpc_ray.client.waiting import Waiter
 from hpc_ray.exceptions import AsyncioActorExit
 from hpc_ray.ids import GCS_ADDRESS
 from hpc_ray.protocol import ActorInitFailed, ActorReady, DeathCause, InstallActor, PushTask, Result

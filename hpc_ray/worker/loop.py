@@ -15,7 +15,8 @@ import selectors
 from collections.abc import Callable
 from typing import Any
 
-from hpc_ray.client.client import Client, Waiter
+from hpc_ray.client.client import Client
+from hpc_ray.client.waiting import Waiter
 
 
 class _Selector(selectors.DefaultSelector):

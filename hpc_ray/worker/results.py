@@ -10,10 +10,10 @@ from types import GeneratorType
 from typing import TYPE_CHECKING, Any
 
 from hpc_ray import serialize
-from hpc_ray.client.client import Waiter
 from hpc_ray.client.context import LeaveProcess
 from hpc_ray.client.objects import ERROR, INLINE
 from hpc_ray.client.streams import DYNAMIC
+from hpc_ray.client.waiting import Waiter
 from hpc_ray.exceptions import AsyncioActorExit, RayError, RayTaskError, TaskCancelledError, UnserializableException
 from hpc_ray.ids import TaskID, object_id_of
 from hpc_ray.protocol import ItemsConsumed, PushTask, Result, TaskItem
@@ -178,7 +178,7 @@ class Results:
             raise TypeError(
                 f"Could not serialize the return value of {task.name}: {error}. The part at fault: {where}"
             ) from error
-        result = client.store_value(object_id_of(task.task_id, index), serialized, source)
+        result = client.values.store_value(object_id_of(task.task_id, index), serialized, source)
         if serialized.contained:
             entries = [reference._entry for reference in serialized.contained]
             with client.lock:

@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from hpc_ray.api import get, remote
 from hpc_ray.client import context
-from hpc_ray.client.client import Waiter
 from hpc_ray.client.refs import ObjectRef
+from hpc_ray.client.waiting import Waiter
 from hpc_ray.exceptions import ActorDiedError, GetTimeoutError, RayError, WorkerCrashedError
 from hpc_ray.protocol import Dependency, Result, ResultKind, Values
 from hpc_ray.session import ensure_connected
@@ -174,7 +174,7 @@ class Members:
         if self.error is not None:
             raise self.error
         member = self.members[rank]
-        dependency, reference = self.client.pack_value(array, self.rank)
+        dependency, reference = self.client.values.pack_value(array, self.rank)
         if reference is not None:
             with self.client.lock:
                 self.unread[rank, tag] = reference
@@ -198,7 +198,7 @@ class Members:
         if dependency is None:
             self.explain(rank, in_time)
         assert dependency is not None
-        value, _ = client.value_of(dependency)
+        value, _ = client.values.value_of(dependency)
         use(value)
         del value
         if dependency.object_id:
