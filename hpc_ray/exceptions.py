@@ -10,10 +10,10 @@ import os
 import sys
 from typing import Any, ClassVar, cast
 
-if sys.version_info < (3, 11):
-
-    class BaseExceptionGroup(Exception):  # Python 3.10 has none, so nothing is one
-        pass
+if sys.version_info >= (3, 11):
+    _GROUPS: tuple[type, ...] = (BaseExceptionGroup,)  # noqa: F821
+else:
+    _GROUPS = ()
 
 
 class RayError(Exception):
@@ -98,7 +98,7 @@ def _make_dual(error: RayTaskError, cause: BaseException, cause_class: type) -> 
     dual: Any = type(name, (RayTaskError, cause_class), members)
     dual.__qualname__ = name
     dual.__module__ = RayTaskError.__module__
-    instance = dual(*cause.args) if issubclass(cause_class, BaseExceptionGroup) else dual()
+    instance = dual(*cause.args) if issubclass(cause_class, _GROUPS) else dual()
     instance.args = cause.args
     for key, value in error.__dict__.items():
         object.__setattr__(instance, key, value)

@@ -21,6 +21,7 @@ from hpc_ray import as_ray as as_ray_module
 from hpc_ray.config import Settings
 from hpc_ray.exceptions import RayError
 from hpc_ray.ids import GCS_ADDRESS
+from hpc_ray.interpreter import python_command
 from hpc_ray.launcher import hosts, local, member, parameters, session, submission, supervisor, world
 from hpc_ray.protocol import UNIT
 from hpc_ray.slurm import signals
@@ -141,7 +142,7 @@ def run(
     command = [script, *arguments]
     if as_ray:
         os.environ[as_ray_module.VARIABLE] = "1"
-        command = ["-P", "-c", "from hpc_ray.as_ray import main; main()", *command]
+        command = [*python_command("-c", "from hpc_ray.as_ray import main; main()")[1:], *command]
     inherited = os.environ.get("PYTHONPATH", "").split(os.pathsep)
     python_path = [os.path.dirname(os.path.realpath(script)), *(path for path in inherited if path)]
     names = _named_hosts(hosts, hostfile, survive_nodes)

@@ -21,6 +21,7 @@ from typing import Any
 
 import click
 
+from hpc_ray.interpreter import python_command
 from hpc_ray.launcher import facts as facts_module
 from hpc_ray.launcher import mpi_files, pairing, world
 from hpc_ray.launcher.facts import Facts
@@ -422,7 +423,7 @@ def _tell_time(ranks: Any) -> None:
 def on_nodes_of_job(facts: Facts, limit_s: float) -> tuple[Facts | None, str]:
     """Has a rank on each node of this allocation examine its host; their report, or what went wrong."""
     mpi, nodes = facts_module.mpi_that_fits(facts), facts["slurm"]["nodes"]
-    command = [sys.executable, "-P", "-m", "hpc_ray.launcher.cli", "doctor", "--json", "--limit-s", f"{limit_s:g}"]
+    command = python_command("-m", "hpc_ray.launcher.cli", "doctor", "--json", "--limit-s", f"{limit_s:g}")
     if mpi:
         line = commands.one_on_each_node(nodes, mpi, command)
     elif facts["mpi"]["mpirun"]:

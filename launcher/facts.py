@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from hpc_ray.exceptions import LaunchError
+from hpc_ray.interpreter import python_command
 from hpc_ray.launcher import host, session, world
 from hpc_ray.slurm import commands, job, scheduler
 
@@ -97,7 +98,7 @@ def ask(command: list[str], limit_s: float, variables: dict[str, str] | None = N
 
 def ask_python(program: str, limit_s: float = LIMIT_S) -> Facts:
     """The JSON that a program in this Python prints, or its ``problem``."""
-    return _as_json(*ask([sys.executable, "-P", "-c", program], limit_s))
+    return _as_json(*ask(python_command("-c", program), limit_s))
 
 
 def _as_json(text: str, problem: str) -> Facts:
@@ -146,7 +147,7 @@ def mpi(limit_s: float = LIMIT_S, *, launch: bool = True) -> Facts:
         return found
     found["mpirun"] = {"path": mpirun.path, "family": mpirun.family, "version": list(mpirun.version)}
     if launch and "problem" not in found:
-        line = world.mpirun_command(mpirun, 2, [sys.executable, "-P", "-c", _RANKS], passed=())
+        line = world.mpirun_command(mpirun, 2, python_command("-c", _RANKS), passed=())
         found["ranks"] = _as_json(*ask(line, limit_s, world.own_host_environment()))
     return found
 

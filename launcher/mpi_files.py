@@ -1,7 +1,8 @@
 """What MPI libraries keep in /dev/shm, and leave there when their processes are killed, some also when they end well.
 
 A file is left behind when no process has it mapped or open. Open MPI has one for each rank, MPICH one for the ranks of a host, which
-has its name for as long as they live.
+has its name for as long as they live. (Processes of another container with the same /dev/shm are not seen. Theirs may lose its name, which
+an MPI needs only while it starts; test_mpi_files.py.)
 """
 
 from __future__ import annotations

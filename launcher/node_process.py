@@ -19,6 +19,7 @@ import msgspec
 
 from hpc_ray.config import NodeConfig, Settings, encode_config
 from hpc_ray.exceptions import ConfigurationError, LaunchError
+from hpc_ray.interpreter import python_command
 from hpc_ray.launcher import channel, host, mpi_files, session
 from hpc_ray.slurm import signals
 
@@ -130,7 +131,7 @@ class NodeProcess:
         self.control, theirs = channel.pair()
         channel.let_go_in_forks(self.control)
         self._errors = os.memfd_create("hpc_ray-node-stderr")
-        command = [sys.executable, "-P", "-m", "hpc_ray.launcher.node", str(theirs.fileno())]
+        command = python_command("-m", "hpc_ray.launcher.node", str(theirs.fileno()))
         if roles:
             command.append(json.dumps(roles))
         environment = session.scrubbed_environment()

@@ -18,6 +18,7 @@ import sys
 import threading
 import time
 import traceback
+import warnings
 from typing import Any
 
 from hpc_ray import _core
@@ -153,7 +154,9 @@ class Rank:
     def _start_driver(self) -> None:
         self.control, theirs = channel.pair()
         parent = os.getpid()
-        self.driver = os.fork()
+        with warnings.catch_warnings():  # Python 3.12 and later warn of threads; they are MPI's, and the child becomes another program
+            warnings.simplefilter("ignore", DeprecationWarning)
+            self.driver = os.fork()
         if self.driver:
             theirs.close()
             null = os.open(os.devnull, os.O_RDONLY)

@@ -18,7 +18,7 @@ import shutil
 import signal
 import stat
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 
 from hpc_ray.exceptions import LaunchError
 from hpc_ray.launcher import mpi_files
@@ -267,15 +267,23 @@ def _environment_text(pid: int) -> bytes:
 
 def environment_of(pid: int) -> dict[bytes, bytes]:
     """What a process of ours was started with; empty if it cannot be read."""
-    pairs = (item.partition(b"=") for item in _environment_text(pid).split(b"\0"))
+    return _parsed(_environment_text(pid))
+
+
+def _parsed(text: bytes) -> dict[bytes, bytes]:
+    pairs = (item.partition(b"=") for item in text.split(b"\0"))
     return {name: value for name, _, value in pairs if name}
 
 
 def members(session: str, node: str = "", leader: int = 0) -> list[int]:
     """Processes of a session (of one node of it): by environment, and by the kernel's session of its node process."""
+    return [pid for pid, _ in _members(session, node, leader)]
+
+
+def _members(session: str, node: str = "", leader: int = 0) -> Iterator[tuple[int, dict[bytes, bytes]]]:
+    """With their environments."""
     wanted = session.encode()
     mark = b"\0%s=%s\0" % (SESSION_VARIABLE.encode(), wanted)
-    found = []
     for pid in _processes():
         if pid == os.getpid():
             continue
@@ -283,17 +291,17 @@ def members(session: str, node: str = "", leader: int = 0) -> list[int]:
             in_session = leader != 0 and os.getsid(pid) == leader and leader != os.getsid(0)
         except OSError:
             continue  # it is gone
-        if not in_session and mark not in b"\0" + _environment_text(pid):
+        text = _environment_text(pid)
+        if not in_session and mark not in b"\0" + text:
             continue
-        fields, variables = _stat_fields(pid), environment_of(pid)
+        fields, variables = _stat_fields(pid), _parsed(text)
         if not fields or fields[0] == "Z":
             continue
         is_marked = variables.get(SESSION_VARIABLE.encode()) == wanted
         if (in_session and _may_be_of(pid, variables, wanted)) or (
             is_marked and (not node or variables.get(NODE_VARIABLE.encode()) == node.encode())
         ):
-            found.append(pid)
-    return found
+            yield pid, variables
 
 
 def _may_be_of(pid: int, variables: dict[bytes, bytes], session: bytes) -> bool:
@@ -307,12 +315,7 @@ def _may_be_of(pid: int, variables: dict[bytes, bytes], session: bytes) -> bool:
 
 def _ranks(session: str) -> list[int]:
     """Ranks on this host of job steps below a session (``steps``), whichever of its hosts they were started from."""
-    found = []
-    for pid in members(session):
-        variables = environment_of(pid)
-        if any(name in variables for name in _RANK_VARIABLES):
-            found.append(pid)
-    return found
+    return [pid for pid, variables in _members(session) if any(name in variables for name in _RANK_VARIABLES)]
 
 
 def kill_leftovers(session: str, node: str = "", leader: int = 0) -> int:

@@ -17,6 +17,7 @@ import click
 
 from hpc_ray.config import site_table
 from hpc_ray.exceptions import ConfigurationError
+from hpc_ray.interpreter import python_command
 from hpc_ray.launcher import parameters
 from hpc_ray.slurm import commands, job, scheduler
 from hpc_ray.slurm.commands import JobState
@@ -115,7 +116,7 @@ def mpi_library() -> str:
     """First line of ``MPI_Get_library_version`` of what mpi4py loads; "" where there is none. MPI is not started."""
     program = "import mpi4py; mpi4py.rc.initialize = False; from mpi4py import MPI; print(MPI.Get_library_version())"
     try:
-        ended = subprocess.run([sys.executable, "-P", "-c", program], capture_output=True, text=True, timeout=60, check=False)
+        ended = subprocess.run(python_command("-c", program), capture_output=True, text=True, timeout=60, check=False)
     except subprocess.TimeoutExpired:
         return ""
     return ended.stdout.partition("\n")[0].strip("\0 ") if ended.returncode == 0 else ""

@@ -27,6 +27,7 @@ from typing import Any, NamedTuple, NoReturn
 from hpc_ray import _core
 from hpc_ray.config import Settings
 from hpc_ray.exceptions import ConfigurationError, LaunchError
+from hpc_ray.interpreter import python_command
 from hpc_ray.launcher import channel, host, session
 from hpc_ray.launcher.attachment import Attachment, connect
 from hpc_ray.slurm import signals
@@ -179,8 +180,8 @@ def with_invitation(plan: dict[str, Any], invitation: dict[str, Any]) -> dict[st
     return {**with_members(plan), "own_options": plan["options"], "join": invitation, "invited": True}
 
 
-RANK_COMMAND = [sys.executable, "-P", "-m", "hpc_ray.launcher.rank"]
-MEMBER_COMMAND = [sys.executable, "-P", "-m", "hpc_ray.launcher.member"]
+RANK_COMMAND = python_command("-m", "hpc_ray.launcher.rank")
+MEMBER_COMMAND = python_command("-m", "hpc_ray.launcher.member")
 
 
 def under_root(environment: dict[str, str]) -> dict[str, str]:

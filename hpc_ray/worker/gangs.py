@@ -40,6 +40,7 @@ from hpc_ray.client.rooms import Instances, Room
 from hpc_ray.client.waiting import Waiter
 from hpc_ray.exceptions import AsyncioActorExit, GangError, LaunchError, MPIError, RayError, TaskCancelledError
 from hpc_ray.ids import GCS_ADDRESS, TaskID
+from hpc_ray.interpreter import python_command
 from hpc_ray.launcher import mpi_files, steps
 from hpc_ray.protocol import (
     ActorFailed,
@@ -58,7 +59,7 @@ from hpc_ray.protocol import (
 if TYPE_CHECKING:
     from hpc_ray.worker.executor import Executor
 
-_COMMAND = [sys.executable, "-P", "-m", "hpc_ray.worker.rank"]
+_COMMAND = python_command("-m", "hpc_ray.worker.rank")
 _LOOK_S = 0.1
 _LEAVE_S = 5.0  # for MPI to be finalized
 _KILLED_S = 10.0  # for the raylet to end an actor that has failed

@@ -7,6 +7,8 @@ import sys
 
 import pytest
 
+from hpc_ray.interpreter import python_command
+
 PROGRAM = """
 import sys
 import ray, ray.util.queue
@@ -51,7 +53,7 @@ INSTALL = "import hpc_ray; hpc_ray.install_as_ray()\n"
 def test_programs_for_ray(way, tmp_path):
     path = tmp_path / "program.py"
     path.write_text((INSTALL if way == "call" else "") + PROGRAM)
-    command = [sys.executable] if way == "call" else [sys.executable, "-P", "-m", "hpc_ray.launcher.cli", "run", "--as-ray", "-q"]
+    command = [sys.executable] if way == "call" else python_command("-m", "hpc_ray.launcher.cli", "run", "--as-ray", "-q")
     nodes = ["-n", "2", "--nodes", "2"] if "nodes" in way else []
     found = subprocess.run([*command, *nodes, str(path), "a", "b"], capture_output=True, text=True, timeout=100, cwd=tmp_path)
     assert found.stdout.splitlines() == SHOWN, found.stderr

@@ -15,6 +15,7 @@ import urllib.request
 import pytest
 
 import hpc_ray
+from hpc_ray.interpreter import python_command
 from hpc_ray.launcher import cli
 from hpc_ray.util.metrics import Counter, Histogram
 
@@ -108,7 +109,7 @@ ray.get([kept.__ray_ready__.remote(), seen.remote(), seen.remote()])
 
 def test_commands(tmp_path, monkeypatch):
     def run(*arguments, status=0):
-        command = [sys.executable, "-P", "-c", "from hpc_ray.launcher.cli import main; main()", *arguments]
+        command = python_command("-c", "from hpc_ray.launcher.cli import main; main()", *arguments)
         done = subprocess.run(command, capture_output=True, text=True, timeout=60, cwd=tmp_path, env={**os.environ, "COLUMNS": "200"})
         assert done.returncode == status, done.stderr
         return done.stdout if status == 0 else done.stderr
@@ -117,7 +118,7 @@ def test_commands(tmp_path, monkeypatch):
     name = run("start", "--num-cpus", "2").split()[2]
     monkeypatch.setenv("HPC_RAY_ADDRESS", name)
     try:
-        subprocess.run([sys.executable, "-P", "-c", PROGRAM], check=True, timeout=60)
+        subprocess.run(python_command("-c", PROGRAM), check=True, timeout=60)
         tasks = json.loads(run("list", "tasks", "--filter", "name=seen", "--format", "json", "--detail"))
         assert [task["state"] for task in tasks] == ["FINISHED", "FINISHED"]  # the program has left them
         assert run("list", "actors", "-f", "state!=DEAD").split()[-1] == "x"

@@ -5,9 +5,10 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
-import sys
 
 import pytest
+
+from hpc_ray.interpreter import python_command
 
 pytestmark = pytest.mark.usefixtures("no_leaks")
 
@@ -60,7 +61,7 @@ def processes_of(pid: int) -> list[int]:
 def test_the_driver_ends_in_order_with_its_cluster_alive(number, wait):
     """SIGNAL-1"""
     child = subprocess.Popen(
-        [sys.executable, "-P", "-c", PROGRAM.replace("WAIT", wait)],
+        python_command("-c", PROGRAM.replace("WAIT", wait)),
         env=dict(os.environ, SLURM_JOB_ID="77"),
         stdout=subprocess.PIPE,
         text=True,
@@ -83,7 +84,7 @@ def test_a_handler_of_the_user_is_left_alone():
         "print(signal.getsignal(signal.SIGTERM) is signal.SIG_DFL)"
     )
     ended = subprocess.run(
-        [sys.executable, "-P", "-c", program],
+        python_command("-c", program),
         env=dict(os.environ, SLURM_JOB_ID="77"),
         stdout=subprocess.PIPE,
         text=True,

@@ -9,7 +9,6 @@ import random
 import resource
 import signal
 import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +18,7 @@ from hpc_ray import exceptions
 from hpc_ray.client import context
 from hpc_ray.config import Settings
 from hpc_ray.experimental import get_object_locations
+from hpc_ray.interpreter import python_command
 from hpc_ray.launcher import session
 from hpc_ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
@@ -228,7 +228,7 @@ sys.stdin.read()
 
 def test_files_of_a_session_that_was_killed_as_a_whole_are_swept(no_leaks, tmp_path, eventually):
     """The next start removes them."""
-    process = subprocess.Popen([sys.executable, "-P", "-c", DRIVER, str(tmp_path)], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    process = subprocess.Popen(python_command("-c", DRIVER, str(tmp_path)), stdin=subprocess.PIPE, stdout=subprocess.PIPE)
     assert process.stdout is not None and process.stdin is not None and process.stdout.readline()
     [name] = [name for name, _ in session.running() if (tmp_path / f"hpc_ray-{os.getuid()}" / name).is_dir()]
     leader = json.loads(Path(session.base_dir(), name, "node-0", "lock").read_text())["pid"]

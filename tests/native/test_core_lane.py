@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterator
 import pytest
 
 from hpc_ray import _core
+from hpc_ray.interpreter import python_command
 
 NODE = 6
 
@@ -181,7 +182,6 @@ def test_ping_pong_between_processes(segment: _core.Segment) -> None:
 
 def test_attach_in_another_process_by_fd(segment: _core.Segment) -> None:
     import subprocess
-    import sys
 
     lane = segment.open_lane()
     code = (
@@ -189,7 +189,7 @@ def test_attach_in_another_process_by_fd(segment: _core.Segment) -> None:
         "l = s.open_lane(); l.send(int(sys.argv[2]), b'hello'); l.close()"
     )
     subprocess.run(
-        [sys.executable, "-P", "-c", code, str(segment.fd), str(lane.address)], pass_fds=[segment.fd], check=True
+        python_command("-c", code, str(segment.fd), str(lane.address)), pass_fds=[segment.fd], check=True
     )
     assert lane.receive(10)[0][1] == b"hello"
 

@@ -14,6 +14,7 @@ pytest.importorskip("mpi4py", reason="mpi4py is not installed")
 import hpc_ray as ray
 from hpc_ray.cluster_utils import Cluster
 from hpc_ray.exceptions import ActorDiedError, GangError, LaunchError
+from hpc_ray.interpreter import python_command
 from hpc_ray.launcher import world
 from hpc_ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
@@ -42,7 +43,7 @@ print("gone", not set(first) & set(ray.get(pid.remote())))
 
 @pytest.mark.usefixtures("no_leaks")
 def test_idle_ranks_leave_in_order(tmp_path):
-    done = subprocess.run([sys.executable, "-P", "-c", IDLE], capture_output=True, text=True, timeout=100, check=False)
+    done = subprocess.run(python_command("-c", IDLE), capture_output=True, text=True, timeout=100, check=False)
     assert (done.returncode, done.stdout) == (0, "gone True\n"), done.stderr
     assert done.stderr == ""
 
@@ -67,7 +68,7 @@ print(own, shared, chosen, ray.get(yields.remote()))
 @pytest.mark.skipif(MPIRUN.family != "openmpi", reason="the setting is one of Open MPI")
 def test_ranks_that_share_a_cpu_let_others_look():
     """Half a CPU each, or more CPUs booked than there are; the word of who runs a program counts."""
-    done = subprocess.run([sys.executable, "-P", "-c", SHARING], capture_output=True, text=True, timeout=100, check=False)
+    done = subprocess.run(python_command("-c", SHARING), capture_output=True, text=True, timeout=100, check=False)
     assert (done.returncode, done.stdout) == (0, "[None] ['1'] 0 ['1']\n"), done.stderr
 
 
@@ -88,7 +89,7 @@ for ranks, strategy in zip(found, strategies):
 def test_gangs_on_the_nodes_of_a_launched_world(tmp_path):
     program = tmp_path / "program.py"
     program.write_text(IN_A_WORLD)
-    command = [sys.executable, "-P", "-m", "hpc_ray.launcher.cli", "run", "--nodes", "2", str(program)]
+    command = python_command("-m", "hpc_ray.launcher.cli", "run", "--nodes", "2", str(program))
     line = world.mpirun_command(MPIRUN, 2, command, passed=())
     environment = world.under_root(dict(os.environ))
     done = subprocess.run(line, capture_output=True, text=True, timeout=100, check=False, env=environment)
@@ -140,9 +141,9 @@ EXAMPLE = Path(__file__).parents[2] / "examples" / "parallel_solver.py"
 @pytest.mark.usefixtures("no_leaks")
 @pytest.mark.parametrize("how", ["one node", "two nodes", "mpirun"])
 def test_the_example(how, tmp_path):
-    run = [sys.executable, "-P", "-m", "hpc_ray.launcher.cli", "run", "--nodes", "2"]
+    run = python_command("-m", "hpc_ray.launcher.cli", "run", "--nodes", "2")
     command = {
-        "one node": [sys.executable, "-P", str(EXAMPLE)],
+        "one node": [sys.executable, str(EXAMPLE)],
         "two nodes": [*run, "-n", "2", str(EXAMPLE), "--ranks-per-node", "2"],
         "mpirun": world.mpirun_command(MPIRUN, 4, [*run, str(EXAMPLE)], passed=()),
     }[how]

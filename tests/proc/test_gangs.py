@@ -3,6 +3,7 @@ Open MPI and under MPICH."""
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 import sys
@@ -41,6 +42,13 @@ def session(no_leaks_in_module):
     ray.init(num_cpus=6, log_to_driver=False)
     yield ray
     ray.shutdown()
+
+
+@pytest.fixture(autouse=True)
+def no_actor_of_another_test():
+    """A handle in the traceback of an awaited error, which refers to itself, is an actor's until it is collected."""
+    yield
+    gc.collect()
 
 
 @ray.remote(mpi_ranks=3)

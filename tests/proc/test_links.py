@@ -20,6 +20,7 @@ pytest.importorskip("mpi4py", reason="mpi4py is not installed")
 
 from hpc_ray.config import Settings
 from hpc_ray.exceptions import ConfigurationError, LaunchError
+from hpc_ray.interpreter import python_command
 from hpc_ray.launcher import host, local, session, world
 
 try:
@@ -30,8 +31,7 @@ except LaunchError:
 pytestmark = pytest.mark.usefixtures("no_leaks")
 OPEN_MPI = MPIRUN.family == "openmpi"
 ULFM = OPEN_MPI and MPIRUN.version >= (5,)
-PYTHON = [sys.executable, "-P"]
-HPC_RAY = [*PYTHON, "-m", "hpc_ray.launcher.cli"]
+HPC_RAY = python_command("-m", "hpc_ray.launcher.cli")
 STORE = 128 << 20
 
 
@@ -53,7 +53,7 @@ def finished(command: list[str], *, timeout_s: float = 60, **options) -> subproc
 
 
 def test_messages_and_objects_arrive_whole():
-    done = finished(mpirun(3, *PYTHON, str(Path(__file__).with_name("link_program.py"))), timeout_s=110)
+    done = finished(mpirun(3, sys.executable, str(Path(__file__).with_name("link_program.py"))), timeout_s=110)
     assert done.returncode == 0, done.stderr
     reports = json.loads(done.stdout.splitlines()[-1])
     print(reports[0])
@@ -96,7 +96,7 @@ world = session._attachment._owned
 
 def driver(then: str) -> subprocess.Popen:
     return subprocess.Popen(
-        [*PYTHON, "-c", DRIVER.replace("{then}", then)],
+        python_command("-c", DRIVER.replace("{then}", then)),
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -265,7 +265,7 @@ except ray.exceptions.RayError as error:
     print(type(error).__name__, flush=True)
 """
     process = subprocess.Popen(
-        [*PYTHON, "-c", DRIVER.replace("{then}", text)],
+        python_command("-c", DRIVER.replace("{then}", text)),
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -311,11 +311,11 @@ def script(tmp_path):
 
 
 WAYS = {
-    "plain": lambda path: [*PYTHON, path],
+    "plain": lambda path: [sys.executable, path],
     "run": lambda path: [*HPC_RAY, "run", path],
     "run -n": lambda path: [*HPC_RAY, "run", "-n", "3", "--nodes", "2", path],
     "mpirun run": lambda path: mpirun(3, *HPC_RAY, "run", "--nodes", "2", path),
-    "mpirun python": lambda path: mpirun(3, *PYTHON, path),
+    "mpirun python": lambda path: mpirun(3, sys.executable, path),
 }
 
 

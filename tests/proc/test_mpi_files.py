@@ -12,7 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from hpc_ray.launcher import mpi_files
+from hpc_ray.exceptions import LaunchError
+from hpc_ray.interpreter import python_command
+from hpc_ray.launcher import mpi_files, world
 
 pytestmark = pytest.mark.skipif(not os.path.isdir("/dev/shm"), reason="there is no /dev/shm here")
 # Has a file open or mapped, says so, and has it until its input ends.
@@ -79,3 +81,32 @@ def test_paths_elsewhere_are_not_removed(tmp_path: Path, path: str):
     (tmp_path / "mine").touch()
     mpi_files.remove([str(tmp_path / "mine"), f"{mpi_files.SHARED_MEMORY}..{tmp_path}/mine", path, path])
     assert (tmp_path / "mine").exists() and not os.path.exists(path)
+
+
+# Removes what it has itself, once it is up.
+ROBBED = """
+import sys
+from mpi4py import MPI
+from hpc_ray.launcher import mpi_files
+world = MPI.COMM_WORLD
+world.barrier()
+files = mpi_files.of_rank(world.rank, everything=True)
+world.barrier()
+mpi_files.remove(files)
+world.barrier()
+had = world.Dup().gather(len(files))
+if world.rank == 0:
+    print(min(had) > 0)
+"""
+
+
+def test_a_running_mpi_does_without_the_names():
+    """Which is why those of programs that we cannot see may be removed."""
+    pytest.importorskip("mpi4py", reason="mpi4py is not installed")
+    try:
+        mpirun = world.find_mpirun()
+    except LaunchError:
+        pytest.skip("no mpirun is installed")
+    line = world.mpirun_command(mpirun, 2, python_command("-c", ROBBED), passed=())
+    done = subprocess.run(line, env=world.own_host_environment(), capture_output=True, text=True, timeout=60, check=False)
+    assert (done.returncode, done.stdout.splitlines()) == (0, ["True"]), done

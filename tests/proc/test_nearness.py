@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import os
 import subprocess
-import sys
 
 import pytest
+
+from hpc_ray.interpreter import python_command
 
 CPUS = sorted(os.sched_getaffinity(0))
 
@@ -40,7 +41,7 @@ def test_workers_with_gpus(tmp_path, bind):
         (tmp_path / "devices" / address).mkdir(parents=True)
         (tmp_path / "devices" / address / "local_cpulist").write_text(f"{cpu}\n")
     mount = 'mount --bind "$0/driver" /proc/driver && mount --bind "$0/devices" /sys/bus/pci/devices && exec "$@"'
-    line = ["unshare", "--mount", "sh", "-c", mount, str(tmp_path), sys.executable, "-P", "-c", PROGRAM]
+    line = ["unshare", "--mount", "sh", "-c", mount, str(tmp_path), *python_command("-c", PROGRAM)]
     environment = {name: value for name, value in os.environ.items() if not name.startswith(("SLURM_", "CUDA_"))}
     done = subprocess.run(line, capture_output=True, text=True, timeout=100, check=False, env=environment | {"HPC_RAY_BIND_TO_GPUS": bind})
     if "mount" in done.stderr or "unshare" in done.stderr:

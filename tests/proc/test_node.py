@@ -15,6 +15,7 @@ import pytest
 
 from hpc_ray.config import Settings
 from hpc_ray.exceptions import ConfigurationError, LaunchError
+from hpc_ray.interpreter import python_command
 from hpc_ray.launcher import local, session
 from hpc_ray.launcher.session import children
 
@@ -109,7 +110,7 @@ print(*ray.get(family.remote()), *ray.get(holder.family.remote()), flush=True)
 
 
 def driver(then: str) -> subprocess.Popen:
-    return subprocess.Popen([sys.executable, "-P", "-c", DRIVER.replace("{then}", then)], stdout=subprocess.PIPE, text=True)
+    return subprocess.Popen(python_command("-c", DRIVER.replace("{then}", then)), stdout=subprocess.PIPE, text=True)
 
 
 def test_a_killed_driver_leaves_nothing():
@@ -143,7 +144,7 @@ except ray.exceptions.RayError as error:
 def test_children_of_a_dead_worker_are_killed(eventually):
     text = "ray.kill(holder); sys.stdin.readline()"
     process = subprocess.Popen(
-        [sys.executable, "-P", "-c", DRIVER.replace("{then}", text)],
+        python_command("-c", DRIVER.replace("{then}", text)),
         stdout=subprocess.PIPE,
         stdin=subprocess.PIPE,
         text=True,
@@ -200,7 +201,7 @@ def test_attach_auto_and_by_name(monkeypatch):
 
 
 def test_detached_by_command_line(tmp_path):
-    hpc_ray = [sys.executable, "-P", "-m", "hpc_ray.launcher.cli"]
+    hpc_ray = python_command("-m", "hpc_ray.launcher.cli")
     run = {"capture_output": True, "text": True, "timeout": 60}
     refused = subprocess.run([*hpc_ray, "start", "--labels", "zone"], check=False, **run)
     assert refused.returncode == 2 and "labels are name=value" in refused.stderr

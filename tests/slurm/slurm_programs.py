@@ -122,7 +122,7 @@ import hpc_ray as ray
 ray.init(object_store_memory=100 << 20)
 def inner():
     text = "import hpc_ray as ray; ray.init(num_cpus=1, object_store_memory=64 << 20); print(len(ray.nodes()), end='')"
-    return subprocess.run([sys.executable, "-P", "-c", text], capture_output=True, text=True, timeout=50).stdout
+    return subprocess.run([sys.executable, "-c", text], capture_output=True, text=True, timeout=50).stdout
 print("inner", inner(), ray.get(ray.remote(inner).remote()), "outer", len(ray.nodes()), flush=True)
 """
 

@@ -688,6 +688,7 @@ def test_journal_brings_everything_back(kind, tmp_path):
     assert answer_prepares(again) == [0]
     assert start_job(again) == b"\0\0\0\2"
     again.state.validate()
+    journal.close()
 
 
 # ------------------------------------------------------------------ any sequence

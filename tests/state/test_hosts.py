@@ -1,6 +1,7 @@
 """Hosts and the command lines that start nodes on them, as literals."""
 
 import os
+import shlex
 
 import pytest
 
@@ -8,7 +9,7 @@ from hpc_ray.config import Settings
 from hpc_ray.exceptions import ConfigurationError, LaunchError
 from hpc_ray.launcher import host, hosts, member, world
 
-MEMBER = " ".join(world.MEMBER_COMMAND)
+MEMBER = shlex.join(world.MEMBER_COMMAND)
 
 
 def test_hosts():
@@ -35,7 +36,7 @@ def test_cpus_of_a_job():
 
 def test_srun():
     launch = hosts.srun_launch(["node2", "node3"], 4)
-    assert " ".join(launch.argv) == (
+    assert shlex.join(launch.argv) == (
         "srun --mpi=none --no-kill --kill-on-bad-exit=0 --overlap --input=none --cpu-bind=none --nodes 2 --ntasks 2 "
         f"--ntasks-per-node=1 --nodelist node2,node3 --cpus-per-task 4 {MEMBER}"
     )

@@ -55,7 +55,7 @@ GROUPS = {
     "core": Group(2, "_core"),
     "spilling": Group(2, "spilling", beside="core"),
     "messages": Group(1, "protocol serialize"),
-    "basis": Group(0, "as_ray exceptions ids config clock version worker_log"),
+    "basis": Group(0, "as_ray exceptions ids config clock interpreter version worker_log"),
     "slurm": Group(0, "slurm", beside="basis"),
 }
 # Distributions other than the standard library that a layer may use. Optional ones (mpi4py, torch, cupy …) are imported inside

@@ -5,11 +5,11 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
-import sys
 
 import pytest
 import workloads
 
+from hpc_ray.interpreter import python_command
 from hpc_ray.launcher import session
 
 SCRIPT = """
@@ -55,7 +55,7 @@ def run(end: str) -> tuple[int, str]:
     """Exit code and errors of a script that ends in this way."""
     last, _ = ENDS[end]
     process = subprocess.Popen(
-        [sys.executable, "-P", "-c", SCRIPT + last], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd="/tmp"
+        python_command("-c", SCRIPT + last), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd="/tmp"
     )
     assert process.stdout is not None
     line = process.stdout.readline()
@@ -84,7 +84,7 @@ def test_killed_while_starting():
     """kill -9 of the driver at any moment of ``init`` leaves nothing."""
     for i in workloads.rounds(20):
         before = workloads.Traces.now()
-        process = subprocess.Popen([sys.executable, "-P", "-c", SCRIPT], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        process = subprocess.Popen(python_command("-c", SCRIPT), stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         try:
             process.wait(0.02 + 0.02 * (i % 20))
         except subprocess.TimeoutExpired:
@@ -101,7 +101,7 @@ def test_killed_with_three_nodes(victim):
     for _ in workloads.rounds(5):
         before = workloads.Traces.now()
         script = SCRIPT.replace("num_cpus=2", "num_cpus=2, num_nodes=3") + "ray.get(hanging)"
-        process = subprocess.Popen([sys.executable, "-P", "-c", script], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        process = subprocess.Popen(python_command("-c", script), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
         assert process.stdout is not None
         assert process.stdout.readline() == "ready\n"
         pids = [process.pid] if victim == "driver" else [p for p in session.children(process.pid) if _is_mpirun(p)]

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
-import sys
 import time
 
 import workloads
@@ -13,6 +12,7 @@ from workloads import PATIENCE_S
 
 import hpc_ray as ray
 from hpc_ray.client import context
+from hpc_ray.interpreter import python_command
 
 
 def test_short_queues_do_not_wait_for_a_long_one(cluster):
@@ -132,7 +132,7 @@ print("right", flush=True)
 
 def test_a_stopped_driver():
     """Workers whose replies find no room wait for it, and lose none."""
-    process = subprocess.Popen([sys.executable, "-P", "-c", STOPPED_DRIVER], stdout=subprocess.PIPE, text=True)
+    process = subprocess.Popen(python_command("-c", STOPPED_DRIVER), stdout=subprocess.PIPE, text=True)
     assert process.stdout is not None
     assert process.stdout.readline() == "sent\n"
     _stopped(process.pid, True)

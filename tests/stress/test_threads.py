@@ -6,7 +6,6 @@ import asyncio
 import os
 import random
 import subprocess
-import sys
 import threading
 import time
 
@@ -16,6 +15,7 @@ from workloads import PATIENCE_S, in_threads
 
 import hpc_ray as ray
 from hpc_ray.exceptions import GetTimeoutError, TaskCancelledError
+from hpc_ray.interpreter import python_command
 
 
 def _increment():
@@ -218,7 +218,7 @@ def test_interrupts():
     """Ctrl-C at any moment: KeyboardInterrupt, everything goes on afterwards and nothing is left held (INT-1)."""
     script = STORM.replace("ROUNDS", str(200 * len(workloads.rounds(3))))
     found = subprocess.run(
-        [sys.executable, "-P", "-c", script],
+        python_command("-c", script),
         capture_output=True,
         text=True,
         timeout=2 * PATIENCE_S,
