@@ -37,7 +37,7 @@ class MPIResult(NamedTuple):
     """What an MPI program left.
 
     Attributes:
-        returncode: of its mpirun; negative: the number of the signal that ended it.
+        returncode: of its mpirun, which is not 0 when a rank has failed; negative: the number of the signal that ended mpirun.
         stdout, stderr: of all ranks, as mpirun has brought them together.
     """
 
@@ -74,6 +74,9 @@ class MPIRun:
         words = [os.fspath(word) for word in command]
         if not all(isinstance(word, str) for word in words):
             raise TypeError(f"the words of the command must be strings or paths, not {command!r}")
+        for name, value in (env or {}).items():
+            if not isinstance(name, str) or not isinstance(value, str):
+                raise TypeError(f"env must have strings as names and values, not {name!r}: {value!r}")
         wish = {"mpi_ranks": ranks, "mpi_ranks_per_node": ranks_per_node, "num_cpus": num_cpus}
         step = RemoteFunction(_run, {**wish, "name": os.path.basename(words[0]), "max_retries": 0, **options})
         step.leads = False
@@ -103,7 +106,7 @@ def _run(command: list[str], gang: Gang, variables: dict[str, str], folder: str 
             client.config,
             variables,
             sharing=room.sharing,
-            brief=True,
+            program=True,
             cwd=folder,
             text=True,
             errors="replace",

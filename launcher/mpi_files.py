@@ -1,22 +1,27 @@
-"""What MPI libraries keep in /dev/shm, and leave there when their processes are killed, some also when they end well.
+"""What MPIs keep in /dev/shm and /tmp, and leave there when their processes are killed, some also when they end well.
 
-A file is left behind when no process has it mapped or open. Open MPI has one for each rank, MPICH one for the ranks of a host, which
-has its name for as long as they live. (Processes of another container with the same /dev/shm are not seen. Theirs may lose its name, which
-an MPI needs only while it starts; test_mpi_files.py.)
+A file is left behind when no process has it mapped or open. In shared memory Open MPI has one for each rank, MPICH one for the ranks of a
+host, which has its name for as long as they live; in /tmp its launcher has one with the host's topology. (Processes of another container
+with the same folders are not seen. Theirs may lose its name, which an MPI needs only while it starts; test_mpi_files.py.)
 """
 
 from __future__ import annotations
 
 import contextlib
 import os
+import stat
 from collections.abc import Callable, Iterable, Iterator
 
 SHARED_MEMORY = "/dev/shm/"
-_KINDS = ("sm_segment.", "vader_segment.", "open_mpi.", "mpich_shm_", "ucx_shm_")  # how their names begin
+# How their names begin, by folder.
+_KINDS = {
+    SHARED_MEMORY: ("sm_segment.", "vader_segment.", "open_mpi.", "mpich_shm_", "ucx_shm_"),
+    "/tmp/": ("hydra_hwloc_xmlfile_",),
+}
 
 
 def remove(paths: Iterable[str]) -> None:
-    """Of these, those that lie there; others are not touched."""
+    """Of these, those in shared memory; others are not touched."""
     for path in paths:
         if path.startswith(SHARED_MEMORY) and ".." not in path:
             with contextlib.suppress(OSError):
@@ -34,31 +39,36 @@ class Leftovers:
 
     def __init__(self, since: float):
         self.since = since
-        self._users: dict[str, int] = {}  # who has it mapped, by path: asked first the next time
+        self._users: dict[str, int] = {}  # who has it, by path: asked first the next time
 
     def remove(self) -> list[str]:
         """Removes what is left behind by now; the paths. Reads ``/proc`` of all processes if a file's user is not known or gone."""
         paths = set(self._paths())
-        maps = {pid: _mapped_by(pid) for pid in set(self._users.values())} if paths else {}
-        self._users = {path: pid for path, pid in self._users.items() if path in paths and path in maps[pid]}
-        self._users |= _users(paths - self._users.keys(), _mapped_by)
-        left = paths - self._users.keys()
-        # Whoever has made one has it open until it is mapped. One that is open now may be mapped and closed before we ask for maps,
-        # so these are asked for after that.
-        for look in (_opened_by, _mapped_by):
-            left -= _users(left, look).keys()
-        remove(left)
-        return sorted(left)
+        has = {pid: _mapped_by(pid) | _opened_by(pid) for pid in set(self._users.values())} if paths else {}
+        self._users = {path: pid for path, pid in self._users.items() if path in paths and path in has[pid]}
+        # Whoever makes one in shared memory has it open until it is mapped. One that is open now may be mapped and closed before we ask
+        # for maps, so these are asked for once more, after that.
+        for look in (_mapped_by, _opened_by, _mapped_by):
+            self._users |= _users(paths - self._users.keys(), look)
+        left = sorted(paths - self._users.keys())
+        for path in left:
+            with contextlib.suppress(OSError):
+                os.unlink(path)
+        return left
 
     def _paths(self) -> Iterator[str]:
-        for name in os.listdir(SHARED_MEMORY) if os.path.isdir(SHARED_MEMORY) else ():
-            if name.startswith(_KINDS):
-                try:
-                    status = os.stat(SHARED_MEMORY + name)
-                except OSError:
-                    continue
-                if status.st_uid == os.getuid() and status.st_ctime >= self.since:
-                    yield SHARED_MEMORY + name
+        for folder, kinds in _KINDS.items():
+            with contextlib.suppress(OSError), os.scandir(folder) as entries:
+                for entry in entries:
+                    if entry.name.startswith(kinds) and self._is_of_ours(entry):
+                        yield entry.path
+
+    def _is_of_ours(self, entry: os.DirEntry) -> bool:
+        try:
+            status = entry.stat(follow_symlinks=False)
+        except OSError:
+            return False  # it is gone
+        return stat.S_ISREG(status.st_mode) and status.st_uid == os.getuid() and status.st_ctime >= self.since
 
 
 def _users(paths: set[str], look: Callable[[int], set[str]]) -> dict[str, int]:

@@ -34,16 +34,19 @@ def start(
     variables: dict[str, str],
     *,
     sharing: bool,
-    brief: bool = False,
+    program: bool = False,
     **options: Any,
 ) -> subprocess.Popen:
     """Starts ``command`` by mpirun, a rank on each of ``hosts``; ranks on one host stand together. ``sharing``: a rank has not a CPU of
-    its own. ``brief``: it may end at once, as it need not be an MPI program. ``options`` as for Popen.
+    its own. ``program``: it is a user's, which need not know MPI and may end at once, and which ends as a whole with the first rank that
+    fails. ``options`` as for Popen.
 
     Raises:
-        LaunchError: no MPI is installed, or its mpirun cannot be run.
+        LaunchError: no MPI is installed, or its mpirun cannot be run, or the folder ``cwd`` is not here.
     """
     mpirun = world.find_mpirun()
+    if (cwd := options.get("cwd")) is not None and not os.path.isdir(cwd):
+        raise LaunchError(f"there is no folder {cwd} on {config.hostname}, where mpirun shall start (cwd)")
     groups = [(name, len(list(ranks))) for name, ranks in groupby(hosts)]
     folder = config.session_dir
     if [name for name, _ in groups] == [config.hostname]:
@@ -57,7 +60,7 @@ def start(
         environment = world.hosts_environment()
         extra = world.on_hosts(mpirun, groups)
         passed = (session.SESSION_VARIABLE, *variables)
-        if brief and mpirun.family == "openmpi":
+        if program and mpirun.family == "openmpi":
             command = [*_LASTING, *command]
         folder = os.path.join(os.path.dirname(folder), session.STEPS)
     if mpirun.family == "openmpi" and (sharing or config.resources.get("CPU", 0) > host.cpu_count()):
@@ -67,7 +70,7 @@ def start(
     for name in ("PRTE_MCA_prte_tmpdir_base", "OMPI_MCA_orte_tmpdir_base"):  # of Open MPI 5 and 4
         environment[name] = folder  # what it leaves there when it is killed goes with the session
     environment.update(variables)
-    line = world.mpirun_command(mpirun, len(hosts), command, extra, passed=passed)
+    line = world.mpirun_command(mpirun, len(hosts), command, extra, passed=passed, tolerant=not program)
     try:
         return subprocess.Popen(line, env=environment, stdin=subprocess.DEVNULL, **options)
     except OSError as error:

@@ -228,13 +228,20 @@ def find_mpirun() -> MPIRun:
 
 
 def mpirun_command(
-    mpirun: MPIRun, ranks: int, command: list[str], extra: list[str] | None = None, passed: tuple[str, ...] = (PLAN_VARIABLE,)
+    mpirun: MPIRun,
+    ranks: int,
+    command: list[str],
+    extra: list[str] | None = None,
+    passed: tuple[str, ...] = (PLAN_VARIABLE,),
+    *,
+    tolerant: bool = True,
 ) -> list[str]:
-    """The command line that starts ``ranks`` of ``command``, on other hosts with the variables ``passed``; a pure function."""
+    """The command line that starts ``ranks`` of ``command``, on other hosts with the variables ``passed``; a pure function. ``tolerant``:
+    the others go on when one is killed, where MPI can do that; else all end with it, and mpirun says so."""
     line = [mpirun.path, "-n", str(ranks)]
     if mpirun.family == "openmpi":
         if mpirun.version >= (5,):
-            line += ["--with-ft", "ulfm", "--map-by", "slot:OVERSUBSCRIBE"]
+            line += [*(["--with-ft", "ulfm"] if tolerant else []), "--map-by", "slot:OVERSUBSCRIBE"]
         else:
             line += ["--oversubscribe"]
         line += ["--bind-to", "none"]

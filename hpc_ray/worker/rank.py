@@ -107,6 +107,8 @@ class RankExecutor(Executor):
 def main() -> int:
     """The process's exit code."""
     _core.set_parent_death_signal(signal.SIGKILL)
+    for stream in (sys.stdout, sys.stderr):  # mpirun's may be pipes
+        stream.reconfigure(line_buffering=True)  # type: ignore[union-attr]
     note = json.loads(os.environ[RANK_VARIABLE])
     sys.path[:] = note["path"]
     try:

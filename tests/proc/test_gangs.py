@@ -598,6 +598,32 @@ def test_an_mpi_program_is_a_task(session):
     assert "oh" in failed.stderr
 
 
+KILLED = ["sh", "-c", "kill -9 $$"]
+# One rank ends so, after the others have begun to wait for it.
+LOST = """
+from mpi4py import MPI
+import os, time
+MPI.COMM_WORLD.barrier()
+if MPI.COMM_WORLD.rank == 1:
+    {end}
+{others}
+"""
+
+
+@pytest.mark.parametrize(
+    ("command", "ranks"),
+    [
+        (KILLED, 1),
+        ([sys.executable, "-c", LOST.format(end="os.kill(os.getpid(), 9)", others="time.sleep(1000)")], 3),
+        ([sys.executable, "-c", LOST.format(end="os._exit(5)", others="MPI.COMM_WORLD.recv(source=1)")], 3),
+    ],
+    ids=["killed", "one killed", "one left"],
+)
+def test_a_program_fails_with_its_first_rank(session, command, ranks):
+    """As mpirun has it: the others end too, and it says so."""
+    assert ray.mpi_run(command, ranks=ranks).returncode != 0
+
+
 def test_its_surroundings(session, tmp_path):
     found = ray.mpi_run(["sh", "-c", "pwd; echo $OF_MINE"], ranks=1, cwd=tmp_path, env={"OF_MINE": "yes"})
     assert found.stdout.splitlines() == [str(tmp_path), "yes"]
@@ -607,6 +633,10 @@ def test_its_surroundings(session, tmp_path):
         ray.mpi_run(["ls"], ranks=7)
     with pytest.raises(ConfigurationError, match="too many"):
         ray.mpi_run(["ls"], ranks=100_000, num_cpus=0)
+    with pytest.raises(LaunchError, match=f"there is no folder {tmp_path}/none on "):
+        ray.mpi_run(["ls"], ranks=1, cwd=tmp_path / "none")
+    with pytest.raises(TypeError, match="'FOO': 1"):
+        ray.mpi_run(["ls"], ranks=1, env={"FOO": 1})
 
 
 @pytest.mark.parametrize("force", [False, True])

@@ -30,10 +30,10 @@ sys.stdin.read()
 """
 
 
-@pytest.fixture
-def path() -> Iterator[str]:
+@pytest.fixture(params=["/dev/shm/mpich_shm_", "/tmp/hydra_hwloc_xmlfile_"])
+def path(request: pytest.FixtureRequest) -> Iterator[str]:
     """A file as MPICH makes them."""
-    path = Path(mpi_files.SHARED_MEMORY, f"mpich_shm_{os.getpid():x}{time.monotonic_ns():x}_0")
+    path = Path(f"{request.param}{os.getpid():x}{time.monotonic_ns():x}")
     path.write_bytes(bytes(mmap.PAGESIZE))
     yield str(path)
     path.unlink(missing_ok=True)
@@ -77,6 +77,7 @@ def test_older_files_and_those_of_others_stay(path: str):
         other.unlink()
 
 
+@pytest.mark.parametrize("path", ["/dev/shm/mpich_shm_"], indirect=True)
 def test_paths_elsewhere_are_not_removed(tmp_path: Path, path: str):
     (tmp_path / "mine").touch()
     mpi_files.remove([str(tmp_path / "mine"), f"{mpi_files.SHARED_MEMORY}..{tmp_path}/mine", path, path])
