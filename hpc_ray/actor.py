@@ -62,7 +62,8 @@ def exit_actor() -> None:
     """
     if context.actor is None:
         raise TypeError("exit_actor called on a non-actor worker.")
-    raise context.LeaveProcess("exit_actor")
+    context.leaving = "exit_actor"
+    raise context.LeaveProcess(context.leaving)
 
 
 class ActorMethod:

@@ -457,7 +457,7 @@ def install_as_ray() -> None:
     Raises:
         RuntimeError: Ray itself has been imported, or a session runs, whose workers would not know of it.
     """
-    if as_ray.VARIABLE in os.environ and "ray" in sys.modules:
+    if as_ray.VARIABLE in os.environ and (context.is_worker or "ray" in sys.modules):
         return
     if "ray" in sys.modules:
         raise RuntimeError("Ray itself has been imported in this process; call hpc_ray.install_as_ray() before `import ray`")

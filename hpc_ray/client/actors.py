@@ -298,7 +298,7 @@ class ActorSubmitter:
         link = task.lane
         if message.retryable and task.retries_left != 0 and not task.cancelled:
             link.inflight.pop(task.id, None)
-            self.client.records.note_call(task, message.results)
+            self.packer.discard(task, message.results)
             self.again(link, task)
             self.flush(link)
             return

@@ -310,7 +310,7 @@ class CallPacker:
                 objects.receive_result(entry, result)
                 return
         if task.stream is not None:
-            task.stream.end(results[0] if results else None)
+            task.stream.end(results[0] if results else None, task.cancelled or bool(self.failing))
             results = [task.stream.collect()] if task.returns else []
         arguments, contained, task.contained = task.dependencies, task.contained, ()
         if task.may_repeat and any(result.kind == ARENA for result in results):
@@ -334,6 +334,12 @@ class CallPacker:
             objects.release(entry)
         for entry in contained:
             objects.release(entry)
+
+    def discard(self, task: Task, results: list[Result]) -> None:
+        """An attempt is over that another one follows."""
+        self.client.records.note_call(task, results)
+        for result in results:
+            self.client.objects.discard(result)
 
     def remember(self, task: Task) -> None:
         """Keep a finished task, and drop the oldest ones when that takes too much memory (OBJ-5)."""

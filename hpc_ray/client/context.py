@@ -22,6 +22,7 @@ runtime_env: str = ""  # JSON: of the program in a driver, of this process in a 
 detached: bool | None = None  # whether actors that do not say are detached; None: not asked for yet
 logging: str = ""  # of the job: a LoggingConfig as JSON
 is_worker: bool = False
+leaving: str = ""  # why this process, an actor, ends after its reply: user code wants it, be it that it catches LeaveProcess
 actor: ActorContext | None = None  # in a process that is an actor
 gang: Gang | None = None  # in a rank, while a call runs
 

@@ -196,9 +196,15 @@ class ObjectTable:
         self.set_result(entry, result)
 
     def discard(self, result: Result) -> None:
-        """A result that nobody needs: free it if it lies in an arena."""
+        """A result that nobody needs: free it if it lies in an arena, and the references inside, for which we are registered."""
         if result.kind == ARENA:
             self.delete_copy(result.node, result.handle)
+        for object_id in result.contained:
+            item = self.meet(object_id)
+            if not item.owned:
+                item.added += 1
+            item.count += 1
+            self.release(item)
 
     def ask(self, entry: Entry) -> None:
         """Make sure that a borrowed entry becomes READY one day."""

@@ -67,15 +67,16 @@ class Stream:
         if self.dropped:
             self.forget(index)
 
-    def end(self, error: Result | None) -> None:
-        """The task is done; ``error`` is the last item (STREAM-2)."""
+    def end(self, error: Result | None, broken: bool) -> None:
+        """The task is done; ``error`` is the last item (STREAM-2). ``broken``: its own code has not come to an end."""
         if self.total is not None:
             return
         if error is not None:
             self.add(self.arrived, error)
         self.total = self.arrived
         objects = self.client.objects
-        objects.set_result(self.done, Result(ResultKind.INLINE, serialize(None).to_bytes()))
+        done = Result(error.kind, error.payload) if broken and error is not None else Result(ResultKind.INLINE, serialize(None).to_bytes())
+        objects.set_result(self.done, done)
         if self.dropped:
             objects.release(self.done)
         for index, entry in list(self.entries.items()):
@@ -181,7 +182,7 @@ class ObjectRefGenerator:
         return reference
 
     def completed(self) -> ObjectRef:
-        """A reference that is ready when the task is done."""
+        """A reference that is ready when the task is done: None, or the error that broke it off (not one that its code has raised)."""
         with self._client.lock:
             return self._client.objects.reference(self._stream.done)
 

@@ -20,6 +20,7 @@ from hpc_ray.client.calls import CallPacker, Task, Template
 from hpc_ray.client.objects import ERROR
 from hpc_ray.client.records import now_ns
 from hpc_ray.exceptions import (
+    NodeDiedError,
     RayError,
     RuntimeEnvSetupError,
     TaskCancelledError,
@@ -383,7 +384,7 @@ class TaskSubmitter:
         else:
             scheduler.settle(lease)
         if message.retryable and task.retries_left != 0 and not task.cancelled:
-            self.client.records.note_call(task, message.results)
+            self.packer.discard(task, message.results)
             self.retry(task)
         else:
             del self.tasks[task.id]
@@ -489,9 +490,9 @@ class TaskSubmitter:
     def on_lease_revoked(self, source: int, message: LeaseRevoked) -> None:
         lease = self.leases.get((node_of(source), message.lease_id))
         if lease is not None:
-            self.lease_lost(lease, message.cause.text)
+            self.lease_lost(lease, WorkerCrashedError(message.cause.text))
 
-    def lease_lost(self, lease: Lease, text: str) -> None:
+    def lease_lost(self, lease: Lease, error: RayError) -> None:
         """The worker is gone. It ran the task at the head, if any; the others had not started."""
         scheduler = lease.scheduler
         scheduler.remove(lease)
@@ -503,9 +504,9 @@ class TaskSubmitter:
                 self.packer.fail(head, TaskCancelledError(TaskID(head.id)))
             elif head.retries_left == 0:
                 self.end(head)
-                self.packer.fail(head, WorkerCrashedError(text))
+                self.packer.fail(head, error)
             else:
-                self.client.records.note_call(head, [Result(ERROR, dumps(WorkerCrashedError(text)))])
+                self.client.records.note_call(head, [Result(ERROR, dumps(error))])
                 self.retry(head)
         lease.inflight.clear()  # records keep the lease
         self.requeue(scheduler, tasks)
@@ -513,7 +514,7 @@ class TaskSubmitter:
     def on_node_died(self, node: int, text: str) -> None:
         for lease in list(self.leases.values()):
             if node_of(lease.raylet) == node:
-                self.lease_lost(lease, text)
+                self.lease_lost(lease, NodeDiedError(text))
         for request_id, scheduler in list(self.by_request.items()):
             request = scheduler.requests.get(request_id)
             if request is not None and request.node == node:

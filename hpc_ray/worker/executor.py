@@ -407,7 +407,7 @@ class Executor:
         except BaseException as error:
             self.interruptible = b""
             args = kwargs = value = None  # type: ignore[assignment]
-            results, retryable = self.results.pack_error(task, error)
+            results, retryable = self.results.pack_error(source, task, error)
             failed = True
         finally:
             context.task.reset(token)
@@ -423,7 +423,10 @@ class Executor:
     def call(self, task: PushTask, args: tuple, kwargs: dict) -> Any:
         """The user's code, in the main thread."""
         if task.actor_id:
-            return self.host.method_of(task)(*args, **kwargs)
+            value = self.host.method_of(task)(*args, **kwargs)
+            if context.leaving:  # it has caught what exit_actor raises
+                raise LeaveProcess(context.leaving)
+            return value
         return self.function(task.function_id)(*args, **kwargs)
 
     def now_running(self) -> list[tuple]:

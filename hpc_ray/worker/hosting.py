@@ -7,7 +7,9 @@ from __future__ import annotations
 
 import asyncio
 import inspect
+import sys
 import threading
+import traceback
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
@@ -127,6 +129,20 @@ class ActorHost:
             ready = ActorReady(spec.actor_id, message.attempt, client.address)
             client.objects.when_acknowledged(due, lambda: self.executor.post(GCS_ADDRESS, ready))
 
+    def shut_down(self) -> None:
+        """At the orderly end of an actor: its ``__ray_shutdown__``, if it has one, and ``__del__``."""
+        actor = self.executor.actor
+        if actor is None or actor.instance is None:
+            return
+        try:
+            if hasattr(actor.instance, "__ray_shutdown__"):
+                actor.instance.__ray_shutdown__()
+        except Exception:
+            print(f"__ray_shutdown__ of {actor.spec.class_name} has failed:", file=sys.stderr)
+            traceback.print_exc()
+        self.methods.clear()
+        actor.instance = None
+
     def _name_output(self) -> None:
         """What the actor prints goes by its own ``__repr__``, where its class has one."""
         assert self.executor.actor is not None
@@ -237,7 +253,7 @@ class ActorHost:
             self.stopped.set()
             return
         except BaseException as error:
-            results, retryable = self.results.pack_error(task, error)
+            results, retryable = self.results.pack_error(source, task, error)
             failed = True
         finally:
             self.executor.running.pop(task.task_id, None)

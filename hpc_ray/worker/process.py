@@ -62,6 +62,7 @@ def _live(segment: Segment, config: NodeConfig, token: int, entered: bool) -> in
     client.connect(config.settings.start_timeout_s)
     executor.run()
     executor.stay_while_used()
+    executor.host.shut_down()
     executor.leave()
     atexit._run_exitfuncs()
     _flush()

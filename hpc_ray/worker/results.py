@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from hpc_ray import serialize
 from hpc_ray.client.context import LeaveProcess
-from hpc_ray.client.objects import ERROR, INLINE
+from hpc_ray.client.objects import ERROR, INLINE, Entry
 from hpc_ray.client.streams import DYNAMIC
 from hpc_ray.client.waiting import Waiter
 from hpc_ray.exceptions import AsyncioActorExit, RayError, RayTaskError, TaskCancelledError, UnserializableException
@@ -100,8 +100,7 @@ class Results:
         except (LeaveProcess, SystemExit):
             raise
         except BaseException as error:
-            failed = self.pack_error(task, error)[0][0]
-            results += [failed] * (task.num_returns - len(results))
+            results += self.pack_error(source, task, error, task.num_returns - len(results))[0]
         return results
 
     def send_items(self, source: int, task: PushTask, generator: Any) -> list[Result]:
@@ -130,7 +129,7 @@ class Results:
         except BaseException as error:
             if self.wants_retry(task, error):
                 raise
-            return self.pack_error(task, error)[0]
+            return self.pack_error(source, task, error)[0]
 
     def flow_of(self, task: PushTask) -> Flow | None:
         limit = self.executor.extras(task.extras).get("backpressure", 0) if task.extras else 0
@@ -157,7 +156,7 @@ class Results:
         except BaseException as error:
             if isinstance(error, (LeaveProcess, AsyncioActorExit, SystemExit)) or self.wants_retry(task, error):
                 raise
-            return self.pack_error(task, error)[0]
+            return self.pack_error(source, task, error)[0]
         finally:
             self.flows.pop(task.task_id, None)
 
@@ -186,7 +185,8 @@ class Results:
             result = Result(result.kind, result.payload, result.node, result.handle, result.size, [entry.id for entry in entries])
         return result
 
-    def pack_error(self, task: PushTask, error: BaseException) -> tuple[list[Result], bool]:
+    def pack_error(self, source: int, task: PushTask, error: BaseException, count: int | None = None) -> tuple[list[Result], bool]:
+        """What stands for so many results (None: for all), and whether the caller may try again."""
         if task.task_id in self.executor.cancelled or isinstance(error, KeyboardInterrupt):
             self.executor.cancelled.discard(task.task_id)
             cancelled = TaskCancelledError(TaskID(task.task_id)).with_traceback(error.__traceback__)
@@ -196,8 +196,14 @@ class Results:
             failure = self.describe(task.name, error)
             retryable = self.wants_retry(task, error)
         traceback.clear_frames(error.__traceback__)
-        data = dump_error(failure)
-        return [Result(ERROR, data)] * abs(task.num_returns), retryable
+        data, entries = _serialized(failure)
+        if count is None:
+            count = task.num_returns if task.num_returns >= 0 else 1  # a stream has one error
+        if entries:
+            with self.client.lock:
+                for _ in range(count):
+                    self.client.objects.introduce(entries, source)
+        return [Result(ERROR, data, contained=[entry.id for entry in entries])] * count, retryable
 
     def wants_retry(self, task: PushTask, error: BaseException) -> bool:
         if not task.extras:
@@ -257,16 +263,22 @@ def _user_traceback(error: BaseException, where: str) -> str:
 
 def dump_error(error: BaseException) -> bytes:
     """An error as bytes that can certainly be read: as text, where its class does not travel or cannot be made again."""
+    return _serialized(error)[0]
+
+
+def _serialized(error: BaseException) -> tuple[bytes, list[Entry]]:
+    """``dump_error``, and the references inside."""
     text = str(error)
     try:
-        data = serialize.dumps(error)
+        serialized = serialize.serialize(error)
     except Exception:
         if isinstance(error, RayTaskError):
             reason = RayError(f"the exception itself cannot be pickled; its text:\n{text}")
-            return serialize.dumps(RayTaskError(error.function_name, text, reason, error.proctitle, error.pid, error.ip))
-        return serialize.dumps(UnserializableException(text))
+            return serialize.dumps(RayTaskError(error.function_name, text, reason, error.proctitle, error.pid, error.ip)), []
+        return serialize.dumps(UnserializableException(text)), []
+    data = serialized.to_bytes()
     try:
         serialize.loads(data)
     except Exception:
-        return serialize.dumps(UnserializableException(text))
-    return data
+        return serialize.dumps(UnserializableException(text)), []
+    return data, [reference._entry for reference in serialized.contained]

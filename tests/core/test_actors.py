@@ -449,6 +449,90 @@ def test_exit_actor(ray, gate, eventually):
     eventually(lambda: gone(pid), "it left")
 
 
+def test_exit_actor_cannot_be_caught(ray):
+    from hpc_ray.actor import exit_actor
+
+    @ray.remote
+    class Leaver:
+        def leave(self):
+            try:
+                exit_actor()
+            except BaseException:
+                return "goes on"
+
+        def work(self):
+            return 1
+
+    leaver = Leaver.remote()
+    for reference in (leaver.leave.remote(), leaver.work.remote()):
+        with pytest.raises(exceptions.ActorDiedError):
+            ray.get(reference, timeout=30)
+
+
+@pytest.mark.parametrize("how", ["out of scope", "terminate", "exit_actor"])
+@pytest.mark.parametrize("kind", ["plain", "async", "threaded"])
+def test_what_runs_at_the_orderly_end_of_an_actor(ray, tmp_path, eventually, kind, how):
+    from hpc_ray.actor import exit_actor
+
+    here = os.getpid()
+
+    class Base:
+        def __ray_shutdown__(self):
+            (tmp_path / "shutdown").touch()
+
+        def __del__(self):
+            if os.getpid() != here:  # what makes actors is of a subclass, as in Ray
+                (tmp_path / "del").touch()
+
+    class Plain(Base):
+        def work(self):
+            return 1
+
+        def leave(self):
+            exit_actor()
+
+    class Async(Base):
+        async def work(self):
+            return 1
+
+        async def leave(self):
+            exit_actor()
+
+    if kind == "async":
+        actor = ray.remote(Async).remote()
+    else:
+        actor = ray.remote(max_concurrency=2 if kind == "threaded" else 1)(Plain).remote()
+    assert ray.get(actor.work.remote()) == 1
+    if how == "exit_actor":
+        actor.leave.remote()
+    elif how == "terminate":
+        actor.__ray_terminate__.remote()
+    else:
+        del actor
+    eventually(lambda: {path.name for path in tmp_path.iterdir()} >= {"shutdown", "del"}, "both have run")
+
+
+def test_a_failing_shutdown_is_told_of(ray, tmp_path, eventually):
+    here = os.getpid()
+
+    @ray.remote
+    class Fails:
+        def __ray_shutdown__(self):
+            raise ValueError
+
+        def __del__(self):
+            if os.getpid() != here:  # what makes actors is of a subclass, as in Ray
+                (tmp_path / "del").touch()
+
+        def work(self):
+            return 1
+
+    actor = Fails.remote()
+    assert ray.get(actor.work.remote()) == 1
+    del actor
+    eventually((tmp_path / "del").exists, "it has ended all the same")
+
+
 def test_calls_before_exit_actor_are_answered(ray, gate):
     from hpc_ray.actor import exit_actor
 

@@ -60,6 +60,32 @@ def test_programs_for_ray(way, tmp_path):
     assert "Warning" not in found.stderr
 
 
+LIBRARY = """
+import hpc_ray
+hpc_ray.install_as_ray()
+def helper():
+    import ray
+    return ray.__name__, ray.get(ray.put(3))
+"""
+
+USER = """
+import ray
+ray.init(num_cpus=1)
+@ray.remote
+def uses():
+    import library
+    return library.helper()
+print(ray.get(uses.remote()))
+"""
+
+
+def test_a_library_may_install_it_too(tmp_path):
+    """In a worker as well, which has it from its start."""
+    (tmp_path / "library.py").write_text(LIBRARY)
+    found = python(INSTALL + USER, tmp_path)
+    assert found.stdout == "('ray', 3)\n", found.stderr
+
+
 def python(code, tmp_path):
     return subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, cwd=tmp_path)
 

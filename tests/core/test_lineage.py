@@ -132,6 +132,18 @@ def far(ray):
     cluster.shutdown()
 
 
+def test_a_task_that_may_not_be_repeated_says_that_its_node_is_gone(ray, far, gate, eventually):
+    @ray.remote(resources={"far": 1}, max_retries=0)
+    def waits():
+        gate.wait()
+
+    reference = waits.remote()
+    eventually(gate.arrived, "it runs")
+    far()
+    with pytest.raises(exceptions.NodeDiedError):
+        ray.get(reference, timeout=60)
+
+
 def test_a_chain_is_made_again(ray, far):
     """Its first links were freed long ago, one argument was small."""
     first, add, small = make_tasks(ray, resources={"far": 1})

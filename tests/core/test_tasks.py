@@ -386,6 +386,51 @@ def test_killed_worker_is_an_error(ray, number):
         ray.get(die.remote())
 
 
+class Carries(Exception):
+    def __init__(self, reference):
+        super().__init__(reference)
+        self.reference = reference
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_references_in_an_error(ray, count):
+    """They live as long as the error."""
+
+    @ray.remote(num_returns=count, max_retries=1, retry_exceptions=True)
+    def fails():
+        raise Carries(ray.put([1, 2]))
+
+    references = fails.remote()
+    for reference in references if count > 1 else [references]:
+        with pytest.raises(Carries) as caught:
+            ray.get(reference)
+        assert ray.get(caught.value.reference, timeout=30) == [1, 2]
+
+
+@pytest.mark.parametrize("end", ["crash", "cancel", "raise"])
+def test_completed_says_what_broke_a_stream_off(ray, gate, eventually, end):
+    @ray.remote(max_retries=0)
+    def items():
+        yield 1
+        gate.arrive()
+        if end == "crash":
+            os._exit(1)
+        if end == "raise":
+            raise ValueError
+        time.sleep(1000)
+
+    stream = items.remote()
+    eventually(gate.arrived, "it runs")
+    if end == "cancel":
+        ray.cancel(stream)
+    if end == "raise":
+        assert ray.get(stream.completed(), timeout=30) is None
+    else:
+        error = exceptions.WorkerCrashedError if end == "crash" else exceptions.TaskCancelledError
+        with pytest.raises(error):
+            ray.get(stream.completed(), timeout=30)
+
+
 def test_crash_is_retried(ray, gate):
     @ray.remote(max_retries=2)
     def third_time(gate):
