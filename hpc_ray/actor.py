@@ -12,13 +12,14 @@ from hpc_ray.client import context
 from hpc_ray.client.actors import ActorLink
 from hpc_ray.client.calls import Function, Task, Template
 from hpc_ray.client.client import Client
+from hpc_ray.client.objects import READY
 from hpc_ray.client.refs import ObjectRef
 from hpc_ray.client.streams import code_of
 from hpc_ray.dag.class_node import ClassNode, bind_method
 from hpc_ray.exceptions import ActorAlreadyExistsError, ActorHandleNotFoundError
 from hpc_ray.ids import GCS_ADDRESS, ActorID
 from hpc_ray.options import METHOD_OPTIONS, amounts, check_actor, check_method, check_returns, gang_of, shape_of
-from hpc_ray.protocol import ActorSpec, Dependency, Gang, Shape
+from hpc_ray.protocol import ActorSpec, Gang, Shape
 from hpc_ray.remote_function import Changed, Signature, check_generator, export, yields
 from hpc_ray.session import ensure_connected
 
@@ -345,10 +346,9 @@ class ActorClass:
         creation = Template(exported, f"{cls.__name__}.__init__", None)
         task = Task(client.actors, creation, client.minter.task_id())
         client.packer.pack(task, args, kwargs)
-        if task.dependencies:
-            client.values.make_ready([entry for _, entry in task.dependencies])
         with client.lock:
-            dependencies = client.packer.resolve(task)
+            unready = any(entry.state < READY for _, entry in task.dependencies)
+            dependencies = [] if unready else client.packer.resolved(task)
         for name, (_, marked) in description.methods.items():
             group = marked.get("concurrency_group")
             assert group is None or group in groups, (
@@ -362,7 +362,7 @@ class ActorClass:
             exported.id,
             exported.blob,
             task.arguments,
-            dependencies if isinstance(dependencies, list) else [_failed(dependencies)],
+            dependencies,
             [entry.id for entry in task.contained],
             shape,
             placed if shape.resources == running else shape_of(placed, options, client).resources,
@@ -386,7 +386,7 @@ class ActorClass:
             recorded=options.get("enable_task_events", True),
         )
         scope = None if detached else client.actors.new_scope(actor_id)
-        answer = client.actors.create(spec, task, bool(options.get("get_if_exists")))
+        answer = client.actors.create(spec, task, bool(options.get("get_if_exists")), unready)
         if answer.existing:
             return weak_handle(answer.existing)
         if answer.error:
@@ -413,11 +413,6 @@ def _is_detached(lifetime: str | None, client: Client) -> bool:
             context.detached = settings.get("default_actor_lifetime") == "detached"
         return context.detached
     return lifetime == "detached"
-
-
-def _failed(result: Any) -> Dependency:
-    """An argument of a constructor that is an error: the constructor fails with it."""
-    return Dependency(b"\0" * 28, result, 0)
 
 
 def _with_runtime_methods(target: type) -> type:

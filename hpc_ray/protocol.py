@@ -692,11 +692,20 @@ class ArenaRoom(Message, tag=46):
 
 
 class CreateActor(Message, tag=50):
-    """owner → GCS: make this actor. Answer: ActorCreated at once, then ActorUpdate as things happen."""
+    """owner → GCS: make this actor. Answer: ActorCreated at once, then ActorUpdate as things happen. ``unready``: when ActorArguments
+    has come."""
 
     request_id: int
     spec: ActorSpec
     get_if_exists: bool = False
+    unready: bool = False
+
+
+class ActorArguments(Message, tag=102):
+    """owner → GCS: what the constructor's arguments depend on is ready (see CreateActor)."""
+
+    actor_id: bytes
+    dependencies: list[Dependency]
 
 
 class ActorCreated(Message, tag=51):

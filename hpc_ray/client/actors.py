@@ -33,6 +33,7 @@ from hpc_ray.exceptions import (
 )
 from hpc_ray.ids import GCS_ADDRESS, TaskID, node_of
 from hpc_ray.protocol import (
+    ActorArguments,
     ActorInfo,
     ActorOutOfScope,
     ActorSpec,
@@ -146,23 +147,34 @@ class ActorSubmitter:
 
     # -------------------------------------------------------------- making
 
-    def create(self, spec: ActorSpec, task: Task, get_if_exists: bool) -> Any:
-        """Send the finished spec to the GCS and wait until it is accepted; its ActorCreated. Takes the lock, blocks.
+    def create(self, spec: ActorSpec, task: Task, get_if_exists: bool, unready: bool) -> Any:
+        """Send the spec to the GCS and wait until it is accepted; its ActorCreated. Takes the lock, blocks.
 
-        ``task`` carries the packed constructor arguments and their holds, which last until the actor has them."""
+        ``task`` carries the packed constructor arguments and their holds, which last until the actor has them. ``unready``: some are
+        still made; the spec's dependencies follow."""
         client = self.client
         with client.lock:
             link = ActorLink(spec.actor_id, spec.class_name, spec.out_of_order, spec.max_pending_calls)
             self.links[link.id] = link
             self.creating[spec.actor_id] = [entry for _, entry in task.dependencies] + list(task.contained)
-        answer = client.request(GCS_ADDRESS, lambda request_id: CreateActor(request_id, spec, get_if_exists))
+        answer = client.request(GCS_ADDRESS, lambda request_id: CreateActor(request_id, spec, get_if_exists, unready))
         if answer.error or answer.existing:
             with client.lock:
                 self.links.pop(link.id, None)
                 self.arguments_done(spec.actor_id)
         else:
             client.send(GCS_ADDRESS, SubscribeActor(spec.actor_id))
+            if unready:
+                task.lane = link
+                with client.lock:
+                    if self.packer.wait_for_dependencies(task, self.on_arguments):
+                        self.on_arguments(task)
         return answer
+
+    def on_arguments(self, task: Task) -> None:
+        """Of a constructor: all are ready."""
+        if task.lane.id in self.creating:
+            self.client.send(GCS_ADDRESS, ActorArguments(task.lane.id, self.packer.resolved(task)))
 
     def arguments_done(self, actor_id: bytes) -> None:
         for entry in self.creating.pop(actor_id, ()):

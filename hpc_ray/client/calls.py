@@ -266,6 +266,11 @@ class CallPacker:
             found.append(Dependency(entry.id, result, slot, entry.places or []))
         return found
 
+    def resolved(self, task: Task) -> list[Dependency]:
+        """The dependencies of a constructor; an error stands for itself: the constructor fails with it."""
+        found = self.resolve(task)
+        return found if isinstance(found, list) else [Dependency(b"\0" * 28, found, 0)]
+
     def make_returns(self, task: Task) -> Any:
         """What the caller gets: a reference, a list of them, None, or a generator. Under the lock."""
         count = task.template.num_returns

@@ -4,7 +4,7 @@ ACTOR-1 (table): an actor goes through ACTOR_STEPS only; DEAD is final, and its 
 ACTOR-2 (attempts): each placement has a number of its own; what is said about another one is ignored.
 ACTOR-3 (durable first): creation and each change of state are journalled before anybody hears of them.
 ACTOR-4 (one name): a name in a namespace belongs to at most one actor that is neither dead nor told to end.
-ACTOR-5 (owned): an actor that is not detached outlives neither its owner nor its job.
+ACTOR-5 (owned): an actor that is not detached, or still waits for arguments, outlives neither its owner nor its job.
 ACTOR-6 (crashes only): only a crash, a lost node or kill(no_restart=False) uses up a restart.
 """
 
@@ -18,6 +18,7 @@ from hpc_ray.gcs.part import Part
 from hpc_ray.ids import node_of, raylet_address
 from hpc_ray.machine import Table, handles
 from hpc_ray.protocol import (
+    ActorArguments,
     ActorCreated,
     ActorFailed,
     ActorInfo,
@@ -128,14 +129,29 @@ class Actors(Part):
         actor = Actor(spec)
         actor.record.created_at = self.now + self.epoch_offset
         self.actors[spec.actor_id] = actor
-        self.waiting_actors[spec.actor_id] = None
-        if not spec.detached:
+        if event.unready:
+            actor.record.state = ActorState.DEPENDENCIES_UNREADY
+        else:
+            self.waiting_actors[spec.actor_id] = None
+        if not spec.detached or event.unready:
             self.actors_of.setdefault(spec.owner, set()).add(spec.actor_id)
         self.journal("actor_spec", spec.actor_id, spec)
         self._save(actor, "created")
         self.send(source, ActorCreated(event.request_id))
         self._subscribe(actor, source)
         self.view_changed = True
+
+    @handles(ActorArguments)
+    def on_actor_arguments(self, event: ActorArguments, source: int) -> None:
+        actor = self.actors.get(event.actor_id)
+        if actor is None or actor.record.state is not ActorState.DEPENDENCIES_UNREADY:
+            return
+        actor.spec = msgspec.structs.replace(actor.spec, dependencies=event.dependencies)
+        self.journal("actor_spec", event.actor_id, actor.spec)
+        if actor.spec.detached:
+            self._disown(actor)
+        self._step(actor, ActorState.PENDING_CREATION, "ActorArguments")
+        self._wait(actor, "its arguments are ready")
 
     def place_actors(self) -> None:
         """Find a node for each that has none; those alike to one that found none are not tried again in this pass."""
@@ -343,11 +359,7 @@ class Actors(Part):
         actor.record.pid = pid
         self._free_name(actor)
         self.waiting_actors.pop(spec.actor_id, None)
-        owned = self.actors_of.get(spec.owner)
-        if owned is not None:
-            owned.discard(spec.actor_id)
-            if not owned:
-                del self.actors_of[spec.owner]
+        self._disown(actor)
         self._save(actor, f"dead: {cause.kind} {cause.text}")
         self._publish(actor)
         for process in actor.subscribers:
@@ -362,6 +374,13 @@ class Actors(Part):
             del self.dead_actors[oldest], self.actors[oldest]
             self.journal("actor", oldest, None)
             self.journal("actor_spec", oldest, None)
+
+    def _disown(self, actor: Actor) -> None:
+        owned = self.actors_of.get(actor.spec.owner)
+        if owned is not None:
+            owned.discard(actor.spec.actor_id)
+            if not owned:
+                del self.actors_of[actor.spec.owner]
 
     def _free_name(self, actor: Actor) -> None:
         key = (actor.spec.namespace, actor.spec.name)
@@ -532,13 +551,14 @@ class Actors(Part):
             return
         if spec.name and not record.stopping:
             self.names[spec.namespace, spec.name] = spec.actor_id
-        if not spec.detached:
+        unready = record.state is ActorState.DEPENDENCIES_UNREADY
+        if not spec.detached or unready:
             self.actors_of.setdefault(spec.owner, set()).add(spec.actor_id)
         if record.address:
             self.actor_at[record.address] = spec.actor_id
         if record.node >= 0:
             self.actors_on.setdefault(record.node, {})[spec.actor_id] = None
-        if record.node < 0:
+        if record.node < 0 and not unready:
             self.waiting_actors[spec.actor_id] = None
 
     def resume_actors(self) -> None:
@@ -546,7 +566,7 @@ class Actors(Part):
         for actor in list(self.actors.values()):
             if actor.is_dead:
                 continue
-            if not actor.spec.detached:
+            if not actor.spec.detached or actor.record.state is ActorState.DEPENDENCIES_UNREADY:
                 self.bury_actor(actor, DeathCause("OWNER_DIED", "the session that it belonged to is over"))
                 continue
             self._detach(actor)

@@ -207,13 +207,14 @@ class GcsState(Nodes, Jobs, Actors, Groups, Keys):
             record = actor.record
             assert (actor_id in self.dead_actors) == actor.is_dead
             waiting = actor_id in self.waiting_actors
-            assert waiting == (record.node < 0 and not actor.is_dead), (record, waiting)
+            unready = record.state is ActorState.DEPENDENCIES_UNREADY
+            assert waiting == (record.node < 0 and not actor.is_dead and not unready), (record, waiting)
             if record.state is ActorState.ALIVE:
                 assert self.actor_at[record.address] == actor_id
                 assert self.views[record.node].alive
             if actor.is_dead:
                 assert record.cause is not None and not actor.subscribers
-            elif not actor.spec.detached:
+            elif not actor.spec.detached or unready:
                 assert actor_id in self.actors_of[actor.spec.owner]
         for address, actor_id in self.actor_at.items():
             assert self.actors[actor_id].record.address == address

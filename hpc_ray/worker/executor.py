@@ -241,6 +241,8 @@ class Executor:
             return
         found = self.running.get(message.task_id)
         if found is None:
+            if self.actor is None:
+                self.cancelled.add(message.task_id)  # it begins now, or is over: see ``execute``
             return
         running = found[0]
         self.cancelled.add(message.task_id)
@@ -361,6 +363,8 @@ class Executor:
         started = now_ns()
         called = returned = 0
         failed = False
+        if self.cancelled and not task.actor_id:
+            self.cancelled.intersection_update((task.task_id,))  # others are over
         if task.lease_id != self.lease:
             self.use_lease(task.lease_id)
         current = self.context_of(task)
@@ -372,6 +376,8 @@ class Executor:
         try:
             self.interruptible = b"" if task.actor_id else task.task_id
             try:
+                if self.cancelled and self.interruptible in self.cancelled:  # before it could be interrupted
+                    raise KeyboardInterrupt
                 gang = self.extras(task.extras).get("gang") if task.extras and not task.actor_id else None
                 if gang is not None:
                     called = now_ns()

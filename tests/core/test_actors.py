@@ -421,6 +421,80 @@ def test_constructor_crashes(ray):
         ray.get(Broken.remote().method.remote(), timeout=30)
 
 
+def holds(ray, **options):
+    class Holds:
+        def __init__(self, value):
+            self.value = value
+
+        def get(self):
+            return self.value
+
+    return ray.remote(Holds).options(**options)
+
+
+@pytest.mark.parametrize("options", [{}, {"name": "waits"}, {"name": "waits", "lifetime": "detached"}, {"max_concurrency": 2}])
+def test_an_actor_does_not_wait_for_its_arguments(ray, gate, options):
+    @ray.remote(num_cpus=0)
+    def slow():
+        gate.wait()
+        return ray.put(5)
+
+    actor = holds(ray, **options).remote(slow.remote())  # returns at once
+    calls = [actor.get.remote() for _ in range(2)]
+    if "name" in options:
+        calls.append(ray.get_actor("waits").get.remote())
+    assert ray.wait(calls, timeout=0.2)[0] == []
+    gate.open()
+    assert [ray.get(value) for value in ray.get(calls, timeout=30)] == len(calls) * [5]
+    ray.kill(actor)
+
+
+def test_an_actor_whose_argument_comes_from_what_its_maker_does_next(ray):
+    @ray.remote(num_cpus=0)
+    class Signal:
+        def __init__(self):
+            self.event = asyncio.Event()
+
+        async def send(self):
+            self.event.set()
+
+        async def wait(self):
+            await self.event.wait()
+            return 7
+
+    signal = Signal.remote()
+    actor = holds(ray).remote(signal.wait.remote())
+    signal.send.remote()
+    assert ray.get(actor.get.remote(), timeout=30) == 7
+
+
+def test_an_actor_is_killed_before_its_arguments_are_ready(ray, gate):
+    @ray.remote(num_cpus=0)
+    def slow():
+        gate.wait()
+
+    argument = slow.remote()
+    actor = holds(ray).remote(argument)
+    call = actor.get.remote()
+    ray.kill(actor)
+    with pytest.raises(exceptions.ActorDiedError, match=r"ray\.kill"):
+        ray.get(call, timeout=30)
+    gate.open()
+    assert ray.get(argument, timeout=30) is None
+
+
+def test_a_constructor_whose_argument_is_cancelled(ray, gate):
+    @ray.remote(num_cpus=0)
+    def slow():
+        gate.wait()
+
+    argument = slow.remote()
+    actor = holds(ray).remote(argument)
+    ray.cancel(argument)
+    with pytest.raises(exceptions.ActorDiedError, match="cancelled"):
+        ray.get(actor.get.remote(), timeout=30)
+
+
 def test_constructor_argument_fails(ray, remote_counter):
     @ray.remote
     def fail():

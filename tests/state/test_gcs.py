@@ -78,9 +78,9 @@ class Gcs:
 
     # actors
 
-    def create(self, actor_id=ID, *, get_if_exists=False, source=ME, **values):
+    def create(self, actor_id=ID, *, get_if_exists=False, unready=False, source=ME, **values):
         spec = actor_spec(actor_id, source, **values)
-        self.tell(p.CreateActor(1, spec, get_if_exists), source)
+        self.tell(p.CreateActor(1, spec, get_if_exists, unready), source)
         answers = self.take(p.ActorCreated, source)
         return answers[0] if answers else None
 
@@ -652,6 +652,53 @@ def test_every_answer_travels():
         p.decode(p.encode(answer))
     assert "it has" in gcs.ask("nothing").error
     assert gcs.ask("kv_get", wrong=1).error_kind == "TypeError"
+
+
+ARGUMENTS = [p.Dependency(b"a" * 28, p.Result(0, b"value"), 0)]
+
+
+def test_an_actor_whose_arguments_are_not_ready_has_its_name_and_waits():
+    gcs = Gcs([4])
+    gcs.create(name="mine", unready=True)
+    assert gcs.place() is None and gcs.info().state == ActorState.DEPENDENCIES_UNREADY
+    assert "taken" in gcs.create(b"b" * 16, name="mine").error
+    gcs.state.validate()
+    gcs.tell(p.ActorArguments(ID, ARGUMENTS), ME)
+    (started,) = [message for _, message in gcs.sent if isinstance(message, p.StartActor)]
+    assert started.spec.dependencies == ARGUMENTS
+    gcs.tell(p.ActorArguments(ID, []), ME)  # once
+    assert gcs.state.actors[ID].spec.dependencies == ARGUMENTS
+    state = GcsState()
+    state.replay(gcs.journal.load())
+    assert state.actors[ID].spec.dependencies == ARGUMENTS
+    gcs.begin()
+    gcs.state.validate()
+
+
+@pytest.mark.parametrize("detached", [False, True])
+@pytest.mark.parametrize("end", ["owner", "kill", "out of scope"])
+def test_an_actor_ends_before_its_arguments_are_ready(end, detached):
+    """ACTOR-5: also a detached one, as nobody else will send them."""
+    gcs = Gcs([4])
+    gcs.create(detached=detached, unready=True)
+    if end == "owner":
+        gcs.die(ME)
+    else:
+        gcs.tell(p.KillActor(ID) if end == "kill" else p.ActorOutOfScope(ID), ME)
+    assert gcs.info().state == ActorState.DEAD
+    gcs.tell(p.ActorArguments(ID, ARGUMENTS), ME)
+    assert gcs.place() is None
+    gcs.state.validate()
+
+
+def test_a_detached_actor_with_its_arguments_outlives_its_owner():
+    gcs = Gcs([4])
+    gcs.create(detached=True, unready=True)
+    gcs.tell(p.ActorArguments(ID, ARGUMENTS), ME)
+    gcs.begin()
+    gcs.die(ME)
+    assert gcs.info().state == ActorState.ALIVE
+    gcs.state.validate()
 
 
 @pytest.mark.parametrize("kind", ["memory", "sqlite"])
