@@ -25,6 +25,7 @@ from hpc_ray.util.scheduling_strategies import (
 )
 
 Check = Callable[[str, Any], None]
+BUNDLE_MARK = UNIT // 1000  # what each task or actor takes of the marker ``bundle_group_…``, as in Ray
 
 
 def _number(name: str, value: Any) -> None:
@@ -396,10 +397,13 @@ def _selector(text: str) -> list[Any]:
 
 
 def in_bundle(resources: Resources, group_id: bytes, bundle: int) -> Resources:
-    """The names under which a placement group's resources are known to raylets."""
-    suffix = f"group_{group_id.hex()}" if bundle < 0 else f"group_{bundle}_{group_id.hex()}"
-    named = {f"{name}_{suffix}": amount for name, amount in resources.items()}
-    named[f"bundle_{suffix}"] = 1  # 0.0001: whoever asks for nothing else still needs the bundle
+    """The names under which a placement group's resources are known to raylets. What goes to one bundle takes from the group,
+    too; for what may go to any (-1), the raylet chooses the bundle (RES-5)."""
+    group = f"group_{group_id.hex()}"
+    asked = {**resources, "bundle": BUNDLE_MARK}  # whoever asks for nothing else still needs the bundle
+    named = {f"{name}_{group}": amount for name, amount in asked.items()}
+    if bundle >= 0:
+        named |= {f"{name}_group_{bundle}_{group_id.hex()}": amount for name, amount in asked.items()}
     return named
 
 

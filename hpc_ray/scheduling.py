@@ -89,12 +89,10 @@ class NodeView:
         return any(amount > before.get(name, 0) for name, amount in self.available.items())
 
     def fits(self, demand: Resources) -> bool:
-        available = self.available
-        return all(available.get(name, 0) >= amount for name, amount in demand.items() if amount)
+        return _covers(self.available, demand)
 
     def feasible(self, demand: Resources) -> bool:
-        total = self.total
-        return all(total.get(name, 0) >= amount for name, amount in demand.items() if amount)
+        return _covers(self.total, demand)
 
     def take(self, demand: Resources) -> None:
         for name, amount in demand.items():
@@ -116,6 +114,40 @@ class NodeView:
 
     def utilisation(self) -> float:
         return utilisation(self.total, self.available)
+
+
+def _covers(amounts: Resources, demand: Resources) -> bool:
+    grouped = False
+    for name, amount in demand.items():
+        if amount:
+            if amount > amounts.get(name, 0):
+                return False
+            grouped = grouped or "_group_" in name
+    choices = in_bundles(amounts, demand) if grouped else None
+    return choices is None or next(choices, None) is not None
+
+
+def in_bundles(amounts: Resources, demand: Resources) -> Iterator[Resources] | None:
+    """What a demand that may go to any bundle of a placement group comes to in each bundle of a node that has enough in these
+    ``amounts``: it takes from the group and from that bundle (RES-5). None for every other demand."""
+    group = ""
+    for name in demand:
+        found = name.partition("_group_")[2] if "_group_" in name else ""
+        if found and f"bundle_group_{found}" in amounts:  # not a resource that is only called like that
+            if "_" in found:
+                return None  # its bundle is given
+            group = found
+    return _in_bundles(amounts, demand, group) if group else None
+
+
+def _in_bundles(amounts: Resources, demand: Resources, group: str) -> Iterator[Resources]:
+    any_bundle, mark, end = f"_group_{group}", "bundle_group_", f"_{group}"
+    asked = [(name.removesuffix(group), amount) for name, amount in demand.items() if amount and name.endswith(any_bundle)]
+    for name in amounts:
+        if name.endswith(end) and name.startswith(mark) and name != mark + group:
+            bundle = name.removeprefix(mark)
+            if all(amounts.get(start + bundle, 0) >= amount for start, amount in asked):
+                yield {**demand, **{start + bundle: amount for start, amount in asked}}
 
 
 def utilisation(total: Resources, available: Resources) -> float:

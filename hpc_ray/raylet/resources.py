@@ -4,11 +4,16 @@ RES-1 (conservation): for each resource, available + granted = total; available 
 RES-2 (per instance): the same for each accelerator, and its sum over the instances is the resource's amount.
 RES-3 (whole or part): a demand of one accelerator or more gets whole ones; a smaller one lies within a single one.
 RES-4 (groups): names of a placement group appear with its bundles and vanish once nobody uses them any more.
+RES-5 (one room, two names): a group's ``CPU_group_<group>`` is the sum of its bundles' ``CPU_group_<i>_<group>``, also of what is
+available and per instance: each grant in the group takes both names, and lies in one bundle.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from hpc_ray.protocol import UNIT, Resources
+from hpc_ray.scheduling import in_bundles
 
 ACCELERATORS = frozenset({"GPU", "TPU", "NPU", "HPU", "FPGA", "neuron_cores", "RBLN", "FURIOSA"})
 BUNDLE_UNITS = 1000 * UNIT  # of the marker ``bundle_group_…``, as in Ray
@@ -58,6 +63,7 @@ class ResourcePool:
         self.gains = 0  # how often something may have become free
         self._capacity: dict[str, dict[int, int]] = {}
         self._free: dict[str, dict[int, int]] = {}
+        self._groups: set[str] = set()  # names of markers of bundles; without any, demands are taken as they are
         self.add(total)
 
     # -- the node's total
@@ -68,6 +74,8 @@ class ResourcePool:
         for name, amount in names.items():
             self.total[name] = self.total.get(name, 0) + amount
             self.available[name] = self.available.get(name, 0) + amount
+            if name.startswith("bundle_group_"):
+                self._groups.add(name)
             if base_name(name) in ACCELERATORS:
                 capacity = self._capacity.setdefault(name, {})
                 free = self._free.setdefault(name, {})
@@ -90,6 +98,7 @@ class ResourcePool:
                 del self.total[name], self.available[name]
                 self._capacity.pop(name, None)
                 self._free.pop(name, None)
+                self._groups.discard(name)
 
     def change_total(self, target: Resources) -> None:
         """Have these totals from now on, apart from those of placement groups. What is granted stays so: where less is left
@@ -117,7 +126,7 @@ class ResourcePool:
                 return False
             if amount and name in self._capacity and not _pick(self._capacity[name], self._capacity[name], amount):
                 return False
-        return True
+        return not self._groups or self._as_taken(demand, self.total, self.feasible) is not None
 
     def fits(self, demand: Resources) -> bool:
         """Can it be granted now?"""
@@ -126,18 +135,24 @@ class ResourcePool:
                 return False
             if amount and name in self._free and not _pick(self._free[name], self._capacity[name], amount):
                 return False
-        return True
+        return not self._groups or self._as_taken(demand, self.available, self.fits) is not None
+
+    def _as_taken(self, demand: Resources, amounts: Resources, has_room: Callable[[Resources], bool]) -> Resources | None:
+        """What a grant takes: the demand, and that of the first bundle with room if any will do (RES-5); None if none has room."""
+        choices = in_bundles(amounts, demand)
+        return demand if choices is None else next(filter(has_room, choices), None)
 
     # -- grants
 
     def grant(self, demand: Resources) -> Grant | None:
         """Take it, all or nothing."""
-        if not self.fits(demand):
+        taken = self._as_taken(demand, self.available, self.fits) if self._groups else demand
+        if taken is None or not self.fits(taken):
             return None
-        picked = self._pick_instances(demand)
+        picked = self._pick_instances(taken)
         if picked is None:
             return None
-        amounts = {name: amount for name, amount in demand.items() if amount}
+        amounts = {name: amount for name, amount in taken.items() if amount}
         for name, amount in amounts.items():
             self.available[name] -= amount
         for name, parts in picked.items():
@@ -194,7 +209,7 @@ class ResourcePool:
     # -- checks
 
     def validate(self, grants: list[Grant]) -> None:
-        """RES-1 and RES-2, given every live grant."""
+        """RES-1, RES-2 and RES-5, given every live grant."""
         for name, total in self.total.items():
             held = sum(g.amounts.get(name, 0) - g.parked.get(name, 0) for g in grants)
             assert self.available[name] + held == total, (name, self.available[name], held, total)
@@ -204,6 +219,17 @@ class ResourcePool:
                 used = sum(part for g in grants for i, part in g.instances.get(name, ()) if i == index)
                 assert self._free[name][index] + used == whole, (name, index)
                 assert 0 <= self._free[name][index] <= whole, (name, index)
+        for group in [name.removeprefix("bundle_group_") for name in self.total if name.startswith("bundle_group_")]:
+            self._validate_group(group)
+
+    def _validate_group(self, group: str) -> None:
+        """RES-5; nothing to see where ``group`` is one of its bundles."""
+        for name in [name for name in self.total if name.endswith(f"_group_{group}")]:
+            bundles = [n for n in self.total if n.startswith(f"{base_name(name)}_group_") and n.endswith(f"_{group}") and n != name]
+            if bundles:
+                assert self.available[name] == sum(self.available[n] for n in bundles), (name, self.available)
+                for index, free in self._free.get(name, {}).items():
+                    assert free == sum(self._free[n].get(index, 0) for n in bundles), (name, index)
 
 
 def _whole(amount: int) -> list[list[int]]:

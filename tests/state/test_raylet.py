@@ -10,6 +10,7 @@ from hpc_ray import protocol as p
 from hpc_ray.config import NodeConfig, Settings
 from hpc_ray.ids import GCS_ADDRESS, LINK_LANE, IdMinter, address_of, raylet_address
 from hpc_ray.machine import Exit, Send, SetTimer, TimerFired
+from hpc_ray.options import in_bundle
 from hpc_ray.protocol import UNIT
 from hpc_ray.raylet import events as e
 from hpc_ray.raylet.logs import LogFolder
@@ -616,6 +617,19 @@ def commit(node, bundles, attempt=1):
 def inside(index=0):
     names = {f"CPU_group_{index}_{GROUP.hex()}": UNIT, f"CPU_group_{GROUP.hex()}": UNIT}
     return {"resources": names, "group_id": GROUP, "bundle": index}
+
+
+@pytest.mark.parametrize("order", [(0, 1, -1), (-1, 1, 0), (-1, -1, 1)])
+def test_a_bundle_and_its_group_are_one_room(order):
+    """RES-5"""
+    node = Node({"CPU": 2})
+    commit(node, {0: {"CPU": UNIT}, 1: {"CPU": UNIT}})
+    granted = []
+    for number, index in enumerate(order):
+        names = in_bundle({"CPU": UNIT}, GROUP, index)
+        granted.append(node.lease(number=number, resources=names, group_id=GROUP, bundle=index))
+    assert [len(leases) for leases in granted] == [1, 1, 0]
+    node.state.validate()
 
 
 def test_bundles_all_or_nothing():

@@ -4,6 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from hpc_ray.options import BUNDLE_MARK, in_bundle
 from hpc_ray.protocol import UNIT
 from hpc_ray.raylet.resources import ResourcePool, bundle_names
 
@@ -71,6 +72,102 @@ def test_marker_of_a_bundle():
     names = bundle_names(units(CPU=1), GROUP, 3)
     assert names[f"bundle_group_3_{GROUP.hex()}"] == names[f"bundle_group_{GROUP.hex()}"] == 1000 * UNIT
     assert len(names) == 4
+
+
+def group_of(*bundles, rooms=None, **node):
+    """A pool in which these bundles are set aside, the grants for that in ``rooms``."""
+    pool = ResourcePool(units(**node))
+    for index, bundle in enumerate(bundles):
+        room = pool.grant(units(**bundle))
+        pool.add(bundle_names(units(**bundle), GROUP, index), room.visible_instances())
+        if rooms is not None:
+            rooms.append(room)
+    return pool
+
+
+def inside(index, **amounts):
+    return in_bundle(units(**amounts), GROUP, index)
+
+
+@pytest.mark.parametrize("order", [(0, 1, -1), (-1, 0, 1), (-1, -1, 0), (1, -1, -1), (0, -1, 1)])
+def test_a_bundle_and_the_group_are_one_room(order):
+    """RES-5: whichever name is asked for first, each GPU is given once."""
+    pool = group_of({"CPU": 1, "GPU": 1}, {"CPU": 1, "GPU": 1}, CPU=2, GPU=2)
+    grants, given = [], []
+    for index in order:
+        demand = inside(index, CPU=1, GPU=1)
+        fits = pool.fits(demand)
+        grant = pool.grant(demand)
+        assert fits == (grant is not None) and pool.feasible(demand)
+        if grant is not None:
+            grants.append(grant)
+            given += [number for number, _ in grant.visible_instances()["GPU"]]
+        assert pool.available[f"CPU_group_{GROUP.hex()}"] == (2 - len(grants)) * UNIT
+    assert sorted(given) == [0, 1]
+    assert not any(pool.fits(inside(index, CPU=1)) for index in (-1, 0, 1))
+    for grant in grants:
+        pool.give_back(grant)
+    assert pool.fits(inside(0, CPU=1)) and pool.fits(inside(1, CPU=1))
+
+
+def test_whoever_may_use_any_bundle_uses_one():
+    """RES-5: never a part of one and a part of another."""
+    pool = group_of({"CPU": 2}, {"CPU": 1, "GPU": 1}, CPU=3, GPU=1)
+    assert not pool.feasible(inside(-1, CPU=3)) and not pool.feasible(inside(-1, CPU=2, GPU=1))
+    assert pool.feasible(inside(-1, CPU=2)) and not pool.feasible(inside(1, CPU=2)) and not pool.feasible(inside(2))
+    one = pool.grant(inside(0, CPU=1))
+    assert not pool.fits(inside(-1, CPU=2)) and pool.grant(inside(-1, CPU=2)) is None
+    assert pool.grant(inside(-1, GPU=1, CPU=1)).amounts == inside(1, CPU=1, GPU=1)
+    pool.give_back(one)
+    assert pool.fits(inside(-1, CPU=2))
+
+
+def test_who_takes_nothing_of_a_bundle_takes_its_mark():
+    pool = group_of({"CPU": 1}, CPU=1)
+    assert pool.grant(inside(-1)).amounts == {f"bundle_group_{GROUP.hex()}": BUNDLE_MARK, f"bundle_group_0_{GROUP.hex()}": BUNDLE_MARK}
+
+
+def test_resources_that_are_called_like_those_of_groups():
+    pool = group_of({"CPU": 1}, CPU=1, a_group_b=1, a_group_1_b=2)
+    assert pool.grant(units(a_group_b=1)).amounts == units(a_group_b=1)
+    assert pool.grant(units(a_group_1_b=2)) is not None
+
+
+group_demands = st.tuples(st.integers(-1, 2), st.sampled_from([0, 0.5, 1, 2]), st.sampled_from([0, 0.25, 0.5, 1]))
+
+
+@given(st.lists(st.tuples(st.sampled_from(["grant", "free", "park", "retake"]), group_demands, st.integers(0, 9))))
+def test_nothing_is_given_twice_in_a_group(steps):
+    """RES-5 over any sequence, with bundles that share an accelerator."""
+    rooms, held = [], []
+    pool = group_of({"CPU": 1, "GPU": 0.5}, {"CPU": 2, "GPU": 0.5}, {"CPU": 1, "GPU": 1}, CPU=4, GPU=2, rooms=rooms)
+    empty = dict(pool.available)
+    for what, (index, cpus, gpus), which in steps:
+        if what == "grant":
+            demand = inside(index, CPU=cpus, GPU=gpus)
+            fits = pool.fits(demand)
+            grant = pool.grant(demand)
+            assert fits == (grant is not None)
+            assert not fits or pool.feasible(demand)
+            held += [grant] if grant else []
+        elif held:
+            grant = held[which % len(held)]
+            if what == "free":
+                held.remove(grant)
+                pool.give_back(grant)
+            elif what == "park":
+                pool.park_cpus(grant)
+            else:
+                pool.retake(grant)
+        pool.validate(rooms + held)
+        used = {}
+        for grant in held:
+            for number, part in grant.visible_instances().get("GPU", ()):
+                used[number] = used.get(number, 0) + part
+        assert all(part <= UNIT for part in used.values())
+    for grant in held:
+        pool.give_back(grant)
+    assert pool.available == empty
 
 
 demands = st.fixed_dictionaries(

@@ -4,7 +4,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from hpc_ray.options import in_bundle
 from hpc_ray.protocol import UNIT, NodeInfo, Strategy
+from hpc_ray.raylet.resources import bundle_names
 from hpc_ray.scheduling import FANOUT, NodeView, Search, Verdict, branches, choose, matches, place_bundles
 
 ONE = {"CPU": UNIT}
@@ -70,6 +72,27 @@ def test_feasible_later_nowhere_impossible():
     assert choose(busy, ONE, Strategy("NODE", bytes([7]) * 28, True), prefer=0) == (Verdict.FEASIBLE, 0)
     dead = [view(0, 4), view(1, 4, alive=False)]
     assert choose(dead, ONE, Strategy("NODE", bytes([1]) * 28)).verdict is Verdict.IMPOSSIBLE
+
+
+def test_any_bundle_of_a_group_is_one_bundle():
+    """RES-5: a node does not count that has as much only in several bundles; it would never start there."""
+    group = b"g" * 18
+    nodes = [view(0, 4), view(1, 4)]
+    names = [{"CPU": UNIT}, {"CPU": UNIT}, {"CPU": 2 * UNIT}]
+    for node, indices in zip(nodes, ((0, 1), (2,)), strict=True):
+        for index in indices:
+            for name, amount in bundle_names(names[index], group, index).items():
+                node.total[name] = node.available[name] = node.total.get(name, 0) + amount
+    two, one = (in_bundle({"CPU": count * UNIT}, group, -1) for count in (2, 1))
+    assert choose(nodes, two, Strategy(), prefer=0) == (Verdict.AVAILABLE, 1)
+    assert choose(nodes[:1], two, Strategy(), prefer=0)[0] is Verdict.NOWHERE
+    nodes[1].take(in_bundle({"CPU": UNIT}, group, 2))
+    assert choose(nodes, two, Strategy(), prefer=0) == (Verdict.FEASIBLE, 1)
+    for index in (0, 1):
+        assert choose(nodes, one, Strategy(), prefer=0) == (Verdict.AVAILABLE, 0)
+        nodes[0].take(in_bundle({"CPU": UNIT}, group, index))
+    assert choose(nodes, one, Strategy(), prefer=0) == (Verdict.AVAILABLE, 1)
+    assert choose(nodes, in_bundle(ONE, group, 0), Strategy(), prefer=1) == (Verdict.FEASIBLE, 0)
 
 
 def test_spread_takes_turns():
