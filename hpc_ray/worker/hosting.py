@@ -42,6 +42,7 @@ class ActorHost:
         self.pools: dict[str, ThreadPoolExecutor] = {}  # threaded actors, by concurrency group
         self.methods: dict[str, Any] = {}
         self.loop: asyncio.AbstractEventLoop | None = None  # asyncio actors
+        self.stopped = asyncio.Event()  # they shall end
         self.crew: Crew | None = None  # gang actors
         self.creating: tuple[context.TaskContext, int] | None = None  # the constructor runs, since when
 
@@ -97,7 +98,10 @@ class ActorHost:
                     self.loop = ActorLoop(client)
                     asyncio.set_event_loop(self.loop)
                 called = now_ns()
-                self.executor.actor.instance.__init__(*args, **kwargs)
+                if self.loop is None:
+                    self.executor.actor.instance.__init__(*args, **kwargs)
+                elif (error := self.loop.run_until_complete(self.construct(args, kwargs))) is not None:
+                    raise error
                 args = kwargs = None  # type: ignore[assignment]
                 self._name_output()
             failed = False
@@ -126,6 +130,18 @@ class ActorHost:
             due = set(client.objects.unacknowledged)
             ready = ActorReady(spec.actor_id, message.attempt, client.address)
             client.objects.when_acknowledged(due, lambda: self.executor.post(GCS_ADDRESS, ready))
+
+    async def construct(self, args: tuple, kwargs: dict) -> BaseException | None:
+        """Run the constructor of an asyncio actor on its loop. What it raises is returned: raised here, SystemExit would strike the
+        loop, and other errors show its frames."""
+        assert self.executor.actor is not None
+        try:
+            made = self.executor.actor.instance.__init__(*args, **kwargs)
+            if inspect.isawaitable(made):
+                await made
+        except BaseException as error:
+            return error
+        return None
 
     def _name_output(self) -> None:
         """What the actor prints goes by its own ``__repr__``, where its class has one."""
@@ -183,7 +199,7 @@ class ActorHost:
         limits = {"": asyncio.Semaphore(spec.max_concurrency)}
         limits.update({name: asyncio.Semaphore(size) for name, size in spec.concurrency_groups.items()})
         alive: set[asyncio.Task] = set()
-        stopped = asyncio.Event()
+        stopped = self.stopped
 
         def start() -> None:
             while self.executor.queue:
@@ -210,7 +226,6 @@ class ActorHost:
             if alive:
                 await asyncio.wait(list(alive))
 
-        self.stopped = stopped
         self.client.on_blocked = None
         loop.run_until_complete(live())
 

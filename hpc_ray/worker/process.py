@@ -90,7 +90,7 @@ def _on_shutdown(executor: Executor, message: Shutdown) -> None:
     if message.unless_used:
         executor.on_push_task(executor.client.raylet, message)
         return
-    if executor.running:
+    if executor.running or (executor.host.creating is not None and executor.host.loop is not None):
         executor.leave()
         executor.client.lane.flush()
         _flush()

@@ -685,6 +685,102 @@ def test_async(ray, gate):
     assert ray.get([meeting.meet.remote(50) for _ in range(50)], timeout=30) == [50] * 50
 
 
+def test_async_constructor_is_on_the_loop(ray):
+    """It may start tasks there, and raise as any other."""
+
+    @ray.remote(max_restarts=1)
+    class Ticking:
+        def __init__(self):
+            self.loop = asyncio.get_running_loop()
+            self.ticked = asyncio.Event()
+            self.ticking = asyncio.create_task(self.tick())
+            self.put = ray.get(ray.put("put"))
+
+        async def tick(self):
+            await asyncio.sleep(0)
+            self.ticked.set()
+
+        async def look(self):
+            await self.ticked.wait()
+            return self.loop is asyncio.get_running_loop(), self.put
+
+        def die(self):
+            os._exit(1)
+
+    ticking = Ticking.remote()
+    assert ray.get(ticking.look.remote(), timeout=30) == (True, "put")
+    with pytest.raises(exceptions.RayActorError):
+        ray.get(ticking.die.remote(), timeout=30)
+    assert ray.get(ticking.look.remote(), timeout=30) == (True, "put")
+
+
+def test_constructor_is_awaited(ray):
+    """Before any method runs, a plain one too; and it may wait for calls."""
+
+    @ray.remote
+    def double(x):
+        return 2 * x
+
+    @ray.remote
+    class Slow:
+        async def __init__(self, x):
+            await asyncio.sleep(0.01)
+            self.x = await double.remote(x)
+
+        def get(self):
+            return self.x
+
+    assert ray.get(Slow.remote(3).get.remote(), timeout=30) == 6
+
+
+@pytest.mark.parametrize("error", [LookupError("cannot be built"), SystemExit("cannot be built"), asyncio.CancelledError("cannot be built")])
+def test_awaited_constructor_fails(ray, error):
+    @ray.remote
+    class Broken:
+        async def __init__(self):
+            await asyncio.sleep(0)
+            raise error
+
+        async def method(self):
+            return 1
+
+    with pytest.raises(exceptions.ActorDiedError, match="cannot be built") as caught:
+        ray.get(Broken.remote().method.remote(), timeout=30)
+    assert caught.value.actor_init_failed
+    assert "asyncio/" not in str(caught.value)
+
+
+def test_leave_or_be_killed_while_the_constructor_is_awaited(ray, gate):
+    from hpc_ray.actor import exit_actor
+
+    @ray.remote
+    class Leaver:
+        async def __init__(self):
+            await asyncio.sleep(0)
+            exit_actor()
+
+        async def method(self):
+            return 1
+
+    @ray.remote
+    class Waiting:
+        async def __init__(self, gate):
+            gate.arrive()
+            await asyncio.Event().wait()
+
+        async def method(self):
+            return 1
+
+    with pytest.raises(exceptions.ActorDiedError):
+        ray.get(Leaver.remote().method.remote(), timeout=30)
+    waiting = Waiting.remote(gate)
+    reference = waiting.method.remote()
+    gate.await_arrivals(1)
+    ray.kill(waiting)
+    with pytest.raises(exceptions.ActorDiedError):
+        ray.get(reference, timeout=30)
+
+
 def test_async_awaits_references(ray):
     @ray.remote
     def double(x):
