@@ -274,7 +274,8 @@ class ActorHost:
         del args, kwargs
         if inspect.isawaitable(value):
             value = await value
-        if inspect.isasyncgen(value):
+        if inspect.isasyncgen(value) and task.num_returns:
+            self.results.check_async_generator(task)
             return await self.results.send_items_async(source, task, value), loans
         if task.num_returns < 0 and inspect.isgenerator(value):
             return self.results.send_items(source, task, value), loans

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 from hpc_ray import serialize
 from hpc_ray.client.context import LeaveProcess
 from hpc_ray.client.objects import ERROR, INLINE
-from hpc_ray.client.streams import DYNAMIC
+from hpc_ray.client.streams import DYNAMIC, STREAMING
 from hpc_ray.client.waiting import Waiter
 from hpc_ray.exceptions import AsyncioActorExit, RayError, RayTaskError, TaskCancelledError, UnserializableException
 from hpc_ray.ids import TaskID, object_id_of
@@ -105,7 +105,7 @@ class Results:
         return results
 
     def send_items(self, source: int, task: PushTask, generator: Any) -> list[Result]:
-        """Run a generator, sending each item; what the reply holds: nothing, or the error that ended it. Blocks while the
+        """Run a generator, sending each item; what the reply holds: nothing, or the one error that ended it. Blocks while the
         consumer is behind."""
         flow = self.flow_of(task)
         first = 1 if task.num_returns == DYNAMIC else 0
@@ -130,7 +130,7 @@ class Results:
         except BaseException as error:
             if self.wants_retry(task, error):
                 raise
-            return self.pack_error(task, error)[0]
+            return self.pack_error(task, error)[0][:1]
 
     def flow_of(self, task: PushTask) -> Flow | None:
         limit = self.executor.extras(task.extras).get("backpressure", 0) if task.extras else 0
@@ -139,15 +139,21 @@ class Results:
         flow = self.flows[task.task_id] = Flow(limit)
         return flow
 
+    def check_async_generator(self, task: PushTask) -> None:
+        """Raises TypeError or ValueError, as Ray does, if its items are wanted in another way than as a stream."""
+        if task.num_returns == DYNAMIC:
+            raise ValueError(f'num_returns="dynamic" needs a generator; {task.name} is an asynchronous one: use "streaming"')
+        if task.num_returns != STREAMING:
+            raise TypeError(f"'async_generator' object is not iterable: {task.name} yields a stream, not num_returns={task.num_returns}")
+
     async def send_items_async(self, source: int, task: PushTask, generator: Any) -> list[Result]:
         """``send_items`` for an asynchronous generator."""
         flow = self.flow_of(task)
-        first = 1 if task.num_returns == DYNAMIC else 0
         index = 0
         assert self.executor.host.loop is not None
         try:
             async for item in generator:
-                result = self.pack(source, task, first + index, item)
+                result = self.pack(source, task, index, item)
                 self.client.send(source, TaskItem(task.task_id, task.attempt, index, result))
                 index += 1
                 if flow is not None:
@@ -157,7 +163,7 @@ class Results:
         except BaseException as error:
             if isinstance(error, (LeaveProcess, AsyncioActorExit, SystemExit)) or self.wants_retry(task, error):
                 raise
-            return self.pack_error(task, error)[0]
+            return self.pack_error(task, error)[0][:1]
         finally:
             self.flows.pop(task.task_id, None)
 

@@ -733,7 +733,9 @@ def test_constructor_is_awaited(ray):
     assert ray.get(Slow.remote(3).get.remote(), timeout=30) == 6
 
 
-@pytest.mark.parametrize("error", [LookupError("cannot be built"), SystemExit("cannot be built"), asyncio.CancelledError("cannot be built")])
+@pytest.mark.parametrize(
+    "error", [LookupError("cannot be built"), SystemExit("cannot be built"), asyncio.CancelledError("cannot be built")]
+)
 def test_awaited_constructor_fails(ray, error):
     @ray.remote
     class Broken:
@@ -804,6 +806,28 @@ def test_async_errors(ray):
 
     with pytest.raises(LookupError, match="in the loop"):
         ray.get(Async.remote().fail.remote(), timeout=30)
+
+
+def test_async_generator_with_num_returns(ray):
+    """Only a stream gives its items."""
+
+    @ray.remote
+    class Async:
+        async def items(self):
+            yield 1
+            yield 2
+
+    items = Async.remote().items
+    assert [ray.get(item, timeout=30) for item in items.remote()] == [1, 2]
+    for count in (1, 2):
+        with pytest.raises(TypeError, match="'async_generator' object is not iterable") as caught:
+            ray.get(items.options(num_returns=count).remote(), timeout=30)
+        assert isinstance(caught.value, exceptions.RayTaskError)
+    with pytest.warns(DeprecationWarning, match="streaming"):
+        dynamic = items.options(num_returns="dynamic").remote()
+    with pytest.raises(ValueError, match="dynamic") as refused:
+        ray.get(dynamic, timeout=30)
+    assert isinstance(refused.value, exceptions.RayTaskError)
 
 
 def test_async_limit(ray):

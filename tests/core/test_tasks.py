@@ -547,6 +547,33 @@ def test_numerical_libraries_have_the_threads_of_the_task(ray):
     assert ray.get([given.remote() for _ in range(2)]) == ["7", "7"]
 
 
+def test_dynamic_results_that_fail(ray):
+    """An error of the generator is its last item; what ends the task otherwise is the error of all of it."""
+
+    @ray.remote
+    def fail():
+        raise KeyError("no argument")
+
+    @ray.remote(max_retries=0)
+    def items(then):
+        yield 1
+        if then == "raise":
+            raise LookupError("after one")
+        os._exit(1)
+
+    with pytest.warns(DeprecationWarning, match="streaming"):
+        dynamic = items.options(num_returns="dynamic")
+    raised, died, not_run = [dynamic.remote(then) for then in ("raise", "die", fail.remote())]
+    first, last = ray.get(raised, timeout=30)
+    assert ray.get(first) == 1
+    with pytest.raises(LookupError, match="after one"):
+        ray.get(last)
+    with pytest.raises(exceptions.WorkerCrashedError):
+        ray.get(died, timeout=30)
+    with pytest.raises(KeyError, match="no argument"):
+        ray.get(not_run, timeout=30)
+
+
 # ------------------------------------------------------------------ cancelling
 
 
