@@ -257,6 +257,8 @@ class ActorHost:
         finally:
             self.executor.running.pop(task.task_id, None)
             alive.discard(job)
+        if self.executor.cancelled:
+            self.executor.cancelled.discard(task.task_id)  # too late
         ended = now_ns()
         if current.recorded:
             self.executor.runs.append(
@@ -274,6 +276,7 @@ class ActorHost:
         del args, kwargs
         if inspect.isawaitable(value):
             value = await value
+        self.results.raise_if_cancelled(task)
         if inspect.isasyncgen(value) and task.num_returns:
             self.results.check_async_generator(task)
             return await self.results.send_items_async(source, task, value), loans

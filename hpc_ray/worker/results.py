@@ -5,6 +5,7 @@ Used by ``executor`` and ``hosting``.
 
 from __future__ import annotations
 
+import asyncio
 import traceback
 from types import GeneratorType
 from typing import TYPE_CHECKING, Any
@@ -153,12 +154,14 @@ class Results:
         assert self.executor.host.loop is not None
         try:
             async for item in generator:
+                self.raise_if_cancelled(task)
                 result = self.pack(source, task, index, item)
                 self.client.send(source, TaskItem(task.task_id, task.attempt, index, result))
                 index += 1
                 if flow is not None:
                     while (waiter := flow.wait_after(index)) is not None:
                         await self.executor.host.loop.run_in_executor(None, self.client.block, waiter)
+            self.raise_if_cancelled(task)
             return []
         except BaseException as error:
             if isinstance(error, (LeaveProcess, AsyncioActorExit, SystemExit)) or self.wants_retry(task, error):
@@ -166,6 +169,11 @@ class Results:
             return self.pack_error(task, error)[0][:1]
         finally:
             self.flows.pop(task.task_id, None)
+
+    def raise_if_cancelled(self, task: PushTask) -> None:
+        """Raises CancelledError for a call of an asyncio actor that was cancelled; its coroutine may have caught that one."""
+        if self.executor.cancelled and task.task_id in self.executor.cancelled:
+            raise asyncio.CancelledError
 
     def on_items_consumed(self, source: int, message: ItemsConsumed) -> None:
         flow = self.flows.get(message.task_id)
@@ -193,14 +201,19 @@ class Results:
         return result
 
     def pack_error(self, task: PushTask, error: BaseException) -> tuple[list[Result], bool]:
-        if task.task_id in self.executor.cancelled or isinstance(error, KeyboardInterrupt):
-            self.executor.cancelled.discard(task.task_id)
-            cancelled = TaskCancelledError(TaskID(task.task_id)).with_traceback(error.__traceback__)
-            failure: BaseException = self.describe(task.name, cancelled)
+        cancelled = task.task_id in self.executor.cancelled
+        self.executor.cancelled.discard(task.task_id)
+        if self.executor.host.loop is not None:
+            interrupted = cancelled or isinstance(error, (asyncio.CancelledError, KeyboardInterrupt))
+        else:  # what user code makes of the interruption is the outcome
+            interrupted = isinstance(error, KeyboardInterrupt)
+        if interrupted:
+            found = TaskCancelledError(TaskID(task.task_id)).with_traceback(error.__traceback__)
+            failure: BaseException = self.describe(task.name, found)
             retryable = False
         else:
             failure = self.describe(task.name, error)
-            retryable = self.wants_retry(task, error)
+            retryable = not cancelled and self.wants_retry(task, error)
         traceback.clear_frames(error.__traceback__)
         data = dump_error(failure)
         return [Result(ERROR, data)] * abs(task.num_returns), retryable

@@ -866,6 +866,47 @@ def test_cancel_async_call(ray, gate):
     assert ray.get(actor.fine.remote(), timeout=30) == 1
 
 
+def test_cancelled_whatever_its_coroutine_does(ray, gate):
+    @ray.remote
+    class Async:
+        async def stubborn(self, gate, error):
+            gate.arrive()
+            try:
+                await asyncio.Event().wait()
+            except asyncio.CancelledError:
+                if error:
+                    raise LookupError("instead") from None
+            return "caught"
+
+        async def items(self, gate):
+            yield 1
+            gate.arrive()
+            try:
+                await asyncio.Event().wait()
+            except asyncio.CancelledError:
+                yield 2
+
+        async def cancel_itself(self):
+            raise asyncio.CancelledError
+
+        async def fine(self):
+            return 1
+
+    actor = Async.remote()
+    items = actor.items.remote(gate)
+    calls = [actor.stubborn.remote(gate, error) for error in (False, True)]
+    gate.await_arrivals(3)
+    for cancelled in (*calls, items):
+        ray.cancel(cancelled)
+    assert ray.get(next(items), timeout=30) == 1
+    for reference in (*calls, next(items), actor.cancel_itself.remote()):
+        with pytest.raises(exceptions.TaskCancelledError) as caught:
+            ray.get(reference, timeout=30)
+        assert isinstance(caught.value, exceptions.RayTaskError)
+    assert next(items, None) is None
+    assert ray.get(actor.fine.remote(), timeout=30) == 1
+
+
 def test_concurrency_groups(ray, gate):
     """A group that is busy does not keep another one waiting."""
 

@@ -589,6 +589,24 @@ def test_cancel_running(ray, gate):
         ray.get(reference, timeout=30)
 
 
+def test_cancelled_task_says_what_it_was_stopped_at(ray, gate):
+    """What it makes of the interruption is its outcome; and it is not tried again."""
+
+    @ray.remote(max_retries=2, retry_exceptions=True)
+    def wait(gate):
+        try:
+            return gate.wait()
+        except KeyboardInterrupt:
+            raise LookupError("at step 7") from None
+
+    reference = wait.remote(gate)
+    gate.await_arrivals(1)
+    ray.cancel(reference)
+    with pytest.raises(LookupError, match="at step 7") as caught:
+        ray.get(reference, timeout=30)
+    assert not isinstance(caught.value, exceptions.TaskCancelledError)
+
+
 def test_cancel_by_force(ray, gate):
     @ray.remote
     def stubborn(gate):
