@@ -98,7 +98,7 @@ def _on_shutdown(executor: Executor, message: Shutdown) -> None:
     executor.leaving = reason or "the session ended"
     executor.client.fail(RuntimeError(reason or "the session ended"))
     if executor.host.loop is not None:
-        executor.host.loop.call_soon_threadsafe(executor.host.stopped.set)
+        executor.host.stop()
     arrival = executor.arrival
     if arrival is not None:
         arrival.finish()

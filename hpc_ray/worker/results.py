@@ -151,7 +151,7 @@ class Results:
         """``send_items`` for an asynchronous generator."""
         flow = self.flow_of(task)
         index = 0
-        assert self.executor.host.loop is not None
+        loop = asyncio.get_running_loop()
         try:
             async for item in generator:
                 self.raise_if_cancelled(task)
@@ -160,7 +160,7 @@ class Results:
                 index += 1
                 if flow is not None:
                     while (waiter := flow.wait_after(index)) is not None:
-                        await self.executor.host.loop.run_in_executor(None, self.client.block, waiter)
+                        await loop.run_in_executor(None, self.client.block, waiter)
             self.raise_if_cancelled(task)
             return []
         except BaseException as error:

@@ -907,6 +907,62 @@ def test_cancelled_whatever_its_coroutine_does(ray, gate):
     assert ray.get(actor.fine.remote(), timeout=30) == 1
 
 
+def test_async_concurrency_groups(ray, gate):
+    """Each has a loop of its own: one that blocks keeps neither the others waiting nor those without a group."""
+
+    @ray.remote(concurrency_groups={"health": 1, "io": 2})
+    class Grouped:
+        def __init__(self):
+            self.loop = asyncio.get_running_loop()
+
+        async def block(self, gate, name):
+            return gate.wait(name)
+
+        @ray.method(concurrency_group="health")
+        async def ping(self, reference=None):
+            if reference:
+                assert await reference[0] == ray.get(reference[0])
+            return "pong", self.loop is asyncio.get_running_loop()
+
+        @ray.method(concurrency_group="io")
+        async def sleep(self, gate):
+            gate.arrive("sleep")
+            await asyncio.sleep(60)
+
+        @ray.method(concurrency_group="io")
+        async def items(self):
+            yield 1
+            yield 2
+
+    actor = Grouped.remote()
+    assert ray.get(actor.ping.remote([ray.put(1)]), timeout=30) == ("pong", False)
+    assert ray.get(actor.ping.options(concurrency_group="").remote(), timeout=30) == ("pong", False)
+    blocked = actor.block.remote(gate, "main")
+    gate.await_arrivals(1, "main")
+    assert ray.get([actor.ping.remote() for _ in range(5)], timeout=10) == [("pong", False)] * 5
+    assert [ray.get(item, timeout=10) for item in actor.items.remote()] == [1, 2]
+    sleeping = actor.sleep.remote(gate)
+    gate.await_arrivals(1, "sleep")
+    ray.cancel(sleeping)
+    with pytest.raises(exceptions.TaskCancelledError):
+        ray.get(sleeping, timeout=10)
+    never = actor.block.remote(gate, "never")
+    assert ray.get(actor.ping.remote(), timeout=10) == ("pong", False)
+    ray.cancel(never)
+    with pytest.raises(exceptions.TaskCancelledError):
+        ray.get(never, timeout=10)
+    gate.open("main")
+    assert ray.get(blocked, timeout=30) == "passed"
+    blocked = actor.block.options(concurrency_group="io").remote(gate, "io")
+    gate.await_arrivals(1, "io")
+    assert ray.get(actor.block.remote(gate, "main"), timeout=10) == "passed"
+    ended = actor.__ray_terminate__.options(concurrency_group="health").remote()
+    gate.open("io")
+    assert ray.get(blocked, timeout=30) == "passed"
+    with pytest.raises(exceptions.RayActorError):
+        ray.get(ended, timeout=30)
+
+
 def test_concurrency_groups(ray, gate):
     """A group that is busy does not keep another one waiting."""
 
