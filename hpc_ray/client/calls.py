@@ -316,7 +316,11 @@ class CallPacker:
                 return
         if task.stream is not None:
             task.stream.end(results[0] if results else None, task.cancelled or bool(self.failing))
-            results = [task.stream.collect()] if task.returns else []
+            if len(results) > 1:  # dynamic, and not one of its items failed but all of it
+                task.stream.drop()
+                results = results[:1]
+            else:
+                results = [task.stream.collect()] if task.returns else []
         arguments, contained, task.contained = task.dependencies, task.contained, ()
         if task.may_repeat and any(result.kind == ARENA for result in results):
             self.remember(task)
@@ -417,7 +421,7 @@ class CallPacker:
         try:
             while failing:
                 task, result = failing[0]
-                self.finish(task, [result] * (max(1, len(task.returns)) if task.stream is not None else len(task.returns)))
+                self.finish(task, [result] * abs(task.template.num_returns))
                 failing.popleft()
         except BaseException:
             failing.clear()

@@ -1,7 +1,7 @@
 """Runs tasks: takes PushTask messages, calls the user's function, sends TaskReply.
 
 Relied on by ``process``. The main thread runs plain tasks and the methods of plain actors one at a time; threaded actors have
-a pool of threads, asyncio actors a loop in the main thread.
+a pool of threads, asyncio actors a loop in the main thread, and one in a thread of its own for each concurrency group.
 
 EXEC-1 (one answer): each PushTask that is started gets exactly one TaskReply, whatever the user's code does; or the process
 ends, and its end is the answer.
@@ -18,6 +18,7 @@ import signal
 import sys
 import threading
 from collections import deque
+from functools import partial
 from types import CoroutineType, GeneratorType
 from typing import Any
 
@@ -234,11 +235,14 @@ class Executor:
         self.post(self.client.raylet, WorkerUnblocked())
 
     def on_cancel_task(self, source: int, message: CancelTask) -> None:
-        waiting = [item for item in self.queue if type(item[1]) is PushTask and item[1].task_id == message.task_id]
-        if waiting:
-            self.queue.remove(waiting[0])
-            self.client.callbacks.append(lambda: self.reply_cancelled(*waiting[0]))
-            return
+        for queue in (self.queue, *[group.waiting for group in self.host.groups.values()]):
+            for item in [item for item in list(queue) if type(item[1]) is PushTask and item[1].task_id == message.task_id]:
+                try:
+                    queue.remove(item)
+                except ValueError:
+                    continue  # it begins now
+                self.client.callbacks.append(partial(self.reply_cancelled, *item))
+                return
         found = self.running.get(message.task_id)
         if found is None:
             if self.actor is None:
@@ -249,8 +253,7 @@ class Executor:
         if message.recursive:
             self.cancel_children(message)
         if isinstance(running, asyncio.Task):
-            assert self.host.loop is not None
-            self.host.loop.call_soon_threadsafe(running.cancel)
+            running.get_loop().call_soon_threadsafe(running.cancel)
         elif message.force:
             self.client.callbacks.append(lambda: _exit_now(1))
         elif self.actor is None and running == threading.main_thread().ident:

@@ -115,7 +115,7 @@ class Graph:
                 self.finish(values)
             except (LeaveProcess, AsyncioActorExit, SystemExit) as error:
                 self.executor.leave_by(error)
-                self.executor.host.stopped.set()
+                self.executor.host.stop()
                 return
             except BaseException as error:
                 self.fail(error)

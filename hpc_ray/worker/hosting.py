@@ -10,7 +10,8 @@ import inspect
 import sys
 import threading
 import traceback
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Coroutine
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any
 
@@ -31,6 +32,7 @@ from hpc_ray.worker.output import set_job, set_task_name
 from hpc_ray.worker.results import dump_error
 
 if TYPE_CHECKING:
+    from hpc_ray.client.client import Client
     from hpc_ray.worker.executor import Executor
 
 
@@ -44,6 +46,8 @@ class ActorHost:
         self.pools: dict[str, ThreadPoolExecutor] = {}  # threaded actors, by concurrency group
         self.methods: dict[str, Any] = {}
         self.loop: asyncio.AbstractEventLoop | None = None  # asyncio actors
+        self.groups: dict[str, _Group] = {}
+        self.stopped = asyncio.Event()  # they shall end
         self.crew: Crew | None = None  # gang actors
         self.creating: tuple[context.TaskContext, int] | None = None  # the constructor runs, since when
 
@@ -99,7 +103,10 @@ class ActorHost:
                     self.loop = ActorLoop(client)
                     asyncio.set_event_loop(self.loop)
                 called = now_ns()
-                self.executor.actor.instance.__init__(*args, **kwargs)
+                if self.loop is None:
+                    self.executor.actor.instance.__init__(*args, **kwargs)
+                elif (error := self.loop.run_until_complete(self.construct(args, kwargs))) is not None:
+                    raise error
                 args = kwargs = None  # type: ignore[assignment]
                 self._name_output()
             failed = False
@@ -142,6 +149,18 @@ class ActorHost:
             traceback.print_exc()
         self.methods.clear()
         actor.instance = None
+
+    async def construct(self, args: tuple, kwargs: dict) -> BaseException | None:
+        """Run the constructor of an asyncio actor on its loop. What it raises is returned: raised here, SystemExit would strike the
+        loop, and other errors show its frames."""
+        assert self.executor.actor is not None
+        try:
+            made = self.executor.actor.instance.__init__(*args, **kwargs)
+            if inspect.isawaitable(made):
+                await made
+        except BaseException as error:
+            return error
+        return None
 
     def _name_output(self) -> None:
         """What the actor prints goes by its own ``__repr__``, where its class has one."""
@@ -192,47 +211,77 @@ class ActorHost:
             self.client.lane.wake()
 
     def run_async_actor(self) -> None:
-        """The loop is the main thread's, and handles messages while it has nothing to do."""
+        """The loop is the main thread's, and handles messages while it has nothing to do. Each concurrency group has a loop and a
+        thread of its own; its calls are handed to it by the thread that drains, so that no group waits for another's loop."""
         loop = self.loop
         assert loop is not None and self.executor.actor is not None
         spec = self.executor.actor.spec
-        limits = {"": asyncio.Semaphore(spec.max_concurrency)}
-        limits.update({name: asyncio.Semaphore(size) for name, size in spec.concurrency_groups.items()})
-        alive: set[asyncio.Task] = set()
-        stopped = asyncio.Event()
+        default = self.groups[""] = _Group(loop, spec.max_concurrency)
+        for name, size in spec.concurrency_groups.items():
+            self.groups[name] = _Group.in_thread(name, size)
+        grouped = len(self.groups) > 1
+        sorting = threading.Lock()
 
         def start() -> None:
-            while self.executor.queue:
-                source, item = self.executor.queue.popleft()
+            queue = self.executor.queue
+            self.executor.arrival = _Sorted(self.client, sort) if grouped else _Soon(loop, start)
+            while queue:
+                source, item = queue.popleft()
                 if type(item) is Graph:
-                    job = loop.create_task(item.run_async())
-                    job.add_done_callback(alive.discard)
+                    loop.call_soon_threadsafe(begin_graph, item)
                 elif type(item) is PushTask:
-                    job = loop.create_task(self.execute_async(source, item, limits, alive))
+                    if grouped:
+                        group = self.group_for(item)
+                        group.waiting.append((source, item))
+                        group.loop.call_soon_threadsafe(begin_next, group)
+                    else:
+                        default.begin(self.execute_async(source, item, default))
                 else:
                     self.executor.leaving = getattr(item, "reason", "") or "terminated"
-                    stopped.set()
+                    self.stop()
                     return
-                alive.add(job)
-            waiter = self.executor.arrival = _Soon(loop, start)
-            if self.executor.queue:
-                waiter.finish()
+
+        def sort() -> None:
+            with sorting:
+                start()
+
+        def begin_graph(graph: Graph) -> None:
+            default.begin(graph.run_async()).add_done_callback(default.alive.discard)
+
+        def begin_next(group: _Group) -> None:
+            try:
+                source, item = group.waiting.popleft()
+            except IndexError:
+                return  # cancelled meanwhile
+            group.begin(self.execute_async(source, item, group))
 
         async def live() -> None:
-            start()
+            sort()
             while self.executor.leaving is None:
-                stopper = asyncio.ensure_future(stopped.wait())
+                stopper = asyncio.ensure_future(self.stopped.wait())
                 await asyncio.wait([stopper], return_when=asyncio.FIRST_COMPLETED)
-            if alive:
-                await asyncio.wait(list(alive))
+            for group in self.groups.values():
+                if group is default:
+                    await group.wait_empty()
+                else:
+                    await asyncio.wrap_future(asyncio.run_coroutine_threadsafe(group.wait_empty(), group.loop))
 
-        self.stopped = stopped
         self.client.on_blocked = None
         loop.run_until_complete(live())
 
-    async def execute_async(
-        self, source: int, task: PushTask, limits: dict[str, asyncio.Semaphore], alive: set[asyncio.Task]
-    ) -> None:
+    def group_for(self, task: PushTask) -> _Group:
+        """Where a call of an asyncio actor runs."""
+        try:
+            return self.groups.get(self.group_of(task)) or self.groups[""]
+        except Exception:  # its options cannot be read: it fails again where that is the call's error
+            return self.groups[""]
+
+    def stop(self) -> None:
+        """End the loop of an asyncio actor that is to leave. Any thread."""
+        assert self.loop is not None
+        self.loop.call_soon_threadsafe(self.stopped.set)
+
+    async def execute_async(self, source: int, task: PushTask, group: _Group) -> None:
         """Run a call of an asyncio actor to its end, and reply."""
         job = asyncio.current_task()
         assert job is not None
@@ -242,7 +291,7 @@ class ActorHost:
         failed = False
         self.executor.running[task.task_id] = (job, current, 0)
         try:
-            async with limits.get(self.group_of(task)) or limits[""]:
+            async with group.limit:
                 started = now_ns()
                 self.executor.running[task.task_id] = (job, current, started)
                 context.task.set(current)
@@ -250,14 +299,16 @@ class ActorHost:
             retryable = False
         except (LeaveProcess, AsyncioActorExit, SystemExit) as error:
             self.executor.leave_by(error)
-            self.stopped.set()
+            self.stop()
             return
         except BaseException as error:
             results, retryable = self.results.pack_error(source, task, error)
             failed = True
         finally:
             self.executor.running.pop(task.task_id, None)
-            alive.discard(job)
+            group.alive.discard(job)
+        if self.executor.cancelled:
+            self.executor.cancelled.discard(task.task_id)  # too late
         ended = now_ns()
         if current.recorded:
             self.executor.runs.append(
@@ -267,19 +318,67 @@ class ActorHost:
 
     async def call_async(self, source: int, task: PushTask) -> tuple[list[Result], list[Entry]]:
         if any(d.result.kind == ARENA and d.result.node != self.client.node for d in task.dependencies):
-            assert self.loop is not None
-            args, kwargs, loans = await self.loop.run_in_executor(None, self.executor.arguments, task)
+            args, kwargs, loans = await asyncio.get_running_loop().run_in_executor(None, self.executor.arguments, task)
         else:
             args, kwargs, loans = self.executor.arguments(task)
         value = self.method_of(task)(*args, **kwargs)
         del args, kwargs
         if inspect.isawaitable(value):
             value = await value
-        if inspect.isasyncgen(value):
+        if self.executor.cancelled:
+            self.results.raise_if_cancelled(task)
+        if inspect.isasyncgen(value) and task.num_returns:
+            self.results.check_async_generator(task)
             return await self.results.send_items_async(source, task, value), loans
         if task.num_returns < 0 and inspect.isgenerator(value):
             return self.results.send_items(source, task, value), loans
         return self.results.pack_results(source, task, value), loans
+
+
+class _Group:
+    """The calls of an asyncio actor that share a loop: those of a concurrency group, or of none. For the thread of the loop."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop, size: int):
+        self.loop = loop
+        self.limit = asyncio.Semaphore(size)
+        self.waiting: deque[tuple[int, PushTask]] = deque()  # for the loop to begin them
+        self.alive: set[asyncio.Task] = set()
+
+    @classmethod
+    def in_thread(cls, name: str, size: int) -> _Group:
+        """One with a loop in a thread of its own, which ends with the process."""
+        loop = asyncio.new_event_loop()
+
+        def run() -> None:
+            asyncio.set_event_loop(loop)
+            loop.run_forever()
+
+        threading.Thread(target=run, name=name, daemon=True).start()
+        return cls(loop, size)
+
+    def begin(self, work: Coroutine) -> asyncio.Task:
+        """Its end is to be told to ``alive``."""
+        job = self.loop.create_task(work)
+        self.alive.add(job)
+        return job
+
+    async def wait_empty(self) -> None:
+        if self.alive:
+            await asyncio.wait(list(self.alive))
+
+
+class _Sorted(Waiter):
+    """An arrival that has calls given to their groups, by the thread that drains: the main thread may be in one that blocks."""
+
+    __slots__ = ("client", "then")
+
+    def __init__(self, client: Client, then: Callable[[], None]):
+        super().__init__()
+        self.client = client
+        self.then = then
+
+    def finish(self) -> None:
+        self.client.callbacks.append(self.then)
 
 
 class _Soon(Waiter):

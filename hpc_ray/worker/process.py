@@ -91,7 +91,7 @@ def _on_shutdown(executor: Executor, message: Shutdown) -> None:
     if message.unless_used:
         executor.on_push_task(executor.client.raylet, message)
         return
-    if executor.running:
+    if executor.running or (executor.host.creating is not None and executor.host.loop is not None):
         executor.leave()
         executor.client.lane.flush()
         _flush()
@@ -99,7 +99,7 @@ def _on_shutdown(executor: Executor, message: Shutdown) -> None:
     executor.leaving = reason or "the session ended"
     executor.client.fail(RuntimeError(reason or "the session ended"))
     if executor.host.loop is not None:
-        executor.host.loop.call_soon_threadsafe(executor.host.stopped.set)
+        executor.host.stop()
     arrival = executor.arrival
     if arrival is not None:
         arrival.finish()

@@ -5,6 +5,7 @@ Used by ``executor`` and ``hosting``.
 
 from __future__ import annotations
 
+import asyncio
 import traceback
 from types import GeneratorType
 from typing import TYPE_CHECKING, Any
@@ -12,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from hpc_ray import serialize
 from hpc_ray.client.context import LeaveProcess
 from hpc_ray.client.objects import ERROR, INLINE, Entry
-from hpc_ray.client.streams import DYNAMIC
+from hpc_ray.client.streams import DYNAMIC, STREAMING
 from hpc_ray.client.waiting import Waiter
 from hpc_ray.exceptions import AsyncioActorExit, RayError, RayTaskError, TaskCancelledError, UnserializableException
 from hpc_ray.ids import TaskID, object_id_of
@@ -104,7 +105,7 @@ class Results:
         return results
 
     def send_items(self, source: int, task: PushTask, generator: Any) -> list[Result]:
-        """Run a generator, sending each item; what the reply holds: nothing, or the error that ended it. Blocks while the
+        """Run a generator, sending each item; what the reply holds: nothing, or the one error that ended it. Blocks while the
         consumer is behind."""
         flow = self.flow_of(task)
         first = 1 if task.num_returns == DYNAMIC else 0
@@ -129,7 +130,7 @@ class Results:
         except BaseException as error:
             if self.wants_retry(task, error):
                 raise
-            return self.pack_error(source, task, error)[0]
+            return self.pack_error(source, task, error, 1)[0]
 
     def flow_of(self, task: PushTask) -> Flow | None:
         limit = self.executor.extras(task.extras).get("backpressure", 0) if task.extras else 0
@@ -138,27 +139,40 @@ class Results:
         flow = self.flows[task.task_id] = Flow(limit)
         return flow
 
+    def check_async_generator(self, task: PushTask) -> None:
+        """Raises TypeError or ValueError, as Ray does, if its items are wanted in another way than as a stream."""
+        if task.num_returns == DYNAMIC:
+            raise ValueError(f'num_returns="dynamic" needs a generator; {task.name} is an asynchronous one: use "streaming"')
+        if task.num_returns != STREAMING:
+            raise TypeError(f"'async_generator' object is not iterable: {task.name} yields a stream, not num_returns={task.num_returns}")
+
     async def send_items_async(self, source: int, task: PushTask, generator: Any) -> list[Result]:
         """``send_items`` for an asynchronous generator."""
         flow = self.flow_of(task)
-        first = 1 if task.num_returns == DYNAMIC else 0
         index = 0
-        assert self.executor.host.loop is not None
+        loop = asyncio.get_running_loop()
         try:
             async for item in generator:
-                result = self.pack(source, task, first + index, item)
+                self.raise_if_cancelled(task)
+                result = self.pack(source, task, index, item)
                 self.client.send(source, TaskItem(task.task_id, task.attempt, index, result))
                 index += 1
                 if flow is not None:
                     while (waiter := flow.wait_after(index)) is not None:
-                        await self.executor.host.loop.run_in_executor(None, self.client.block, waiter)
+                        await loop.run_in_executor(None, self.client.block, waiter)
+            self.raise_if_cancelled(task)
             return []
         except BaseException as error:
             if isinstance(error, (LeaveProcess, AsyncioActorExit, SystemExit)) or self.wants_retry(task, error):
                 raise
-            return self.pack_error(source, task, error)[0]
+            return self.pack_error(source, task, error, 1)[0]
         finally:
             self.flows.pop(task.task_id, None)
+
+    def raise_if_cancelled(self, task: PushTask) -> None:
+        """Raises CancelledError for a call of an asyncio actor that was cancelled; its coroutine may have caught that one."""
+        if self.executor.cancelled and task.task_id in self.executor.cancelled:
+            raise asyncio.CancelledError
 
     def on_items_consumed(self, source: int, message: ItemsConsumed) -> None:
         flow = self.flows.get(message.task_id)
@@ -187,18 +201,23 @@ class Results:
 
     def pack_error(self, source: int, task: PushTask, error: BaseException, count: int | None = None) -> tuple[list[Result], bool]:
         """What stands for so many results (None: for all), and whether the caller may try again."""
-        if task.task_id in self.executor.cancelled or isinstance(error, KeyboardInterrupt):
-            self.executor.cancelled.discard(task.task_id)
-            cancelled = TaskCancelledError(TaskID(task.task_id)).with_traceback(error.__traceback__)
-            failure: BaseException = self.describe(task.name, cancelled)
+        cancelled = task.task_id in self.executor.cancelled
+        self.executor.cancelled.discard(task.task_id)
+        if self.executor.host.loop is not None:
+            interrupted = cancelled or isinstance(error, (asyncio.CancelledError, KeyboardInterrupt))
+        else:  # what user code makes of the interruption is the outcome
+            interrupted = isinstance(error, KeyboardInterrupt)
+        if interrupted:
+            found = TaskCancelledError(TaskID(task.task_id)).with_traceback(error.__traceback__)
+            failure: BaseException = self.describe(task.name, found)
             retryable = False
         else:
             failure = self.describe(task.name, error)
-            retryable = self.wants_retry(task, error)
+            retryable = not cancelled and self.wants_retry(task, error)
         traceback.clear_frames(error.__traceback__)
         data, entries = _serialized(failure)
         if count is None:
-            count = task.num_returns if task.num_returns >= 0 else 1  # a stream has one error
+            count = abs(task.num_returns)
         if entries:
             with self.client.lock:
                 for _ in range(count):

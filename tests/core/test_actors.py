@@ -843,6 +843,104 @@ def test_async(ray, gate):
     assert ray.get([meeting.meet.remote(50) for _ in range(50)], timeout=30) == [50] * 50
 
 
+def test_async_constructor_is_on_the_loop(ray):
+    """It may start tasks there, and raise as any other."""
+
+    @ray.remote(max_restarts=1)
+    class Ticking:
+        def __init__(self):
+            self.loop = asyncio.get_running_loop()
+            self.ticked = asyncio.Event()
+            self.ticking = asyncio.create_task(self.tick())
+            self.put = ray.get(ray.put("put"))
+
+        async def tick(self):
+            await asyncio.sleep(0)
+            self.ticked.set()
+
+        async def look(self):
+            await self.ticked.wait()
+            return self.loop is asyncio.get_running_loop(), self.put
+
+        def die(self):
+            os._exit(1)
+
+    ticking = Ticking.remote()
+    assert ray.get(ticking.look.remote(), timeout=30) == (True, "put")
+    with pytest.raises(exceptions.RayActorError):
+        ray.get(ticking.die.remote(), timeout=30)
+    assert ray.get(ticking.look.remote(), timeout=30) == (True, "put")
+
+
+def test_constructor_is_awaited(ray):
+    """Before any method runs, a plain one too; and it may wait for calls."""
+
+    @ray.remote
+    def double(x):
+        return 2 * x
+
+    @ray.remote
+    class Slow:
+        async def __init__(self, x):
+            await asyncio.sleep(0.01)
+            self.x = await double.remote(x)
+
+        def get(self):
+            return self.x
+
+    assert ray.get(Slow.remote(3).get.remote(), timeout=30) == 6
+
+
+@pytest.mark.parametrize(
+    "error", [LookupError("cannot be built"), SystemExit("cannot be built"), asyncio.CancelledError("cannot be built")]
+)
+def test_awaited_constructor_fails(ray, error):
+    @ray.remote
+    class Broken:
+        async def __init__(self):
+            await asyncio.sleep(0)
+            raise error
+
+        async def method(self):
+            return 1
+
+    with pytest.raises(exceptions.ActorDiedError, match="cannot be built") as caught:
+        ray.get(Broken.remote().method.remote(), timeout=30)
+    assert caught.value.actor_init_failed
+    assert "asyncio/" not in str(caught.value)
+
+
+def test_leave_or_be_killed_while_the_constructor_is_awaited(ray, gate):
+    from hpc_ray.actor import exit_actor
+
+    @ray.remote
+    class Leaver:
+        async def __init__(self):
+            await asyncio.sleep(0)
+            exit_actor()
+
+        async def method(self):
+            return 1
+
+    @ray.remote
+    class Waiting:
+        async def __init__(self, gate):
+            gate.arrive()
+            await asyncio.Event().wait()
+
+        async def method(self):
+            return 1
+
+    with pytest.raises(exceptions.ActorDiedError):
+        ray.get(Leaver.remote().method.remote(), timeout=30)
+    waiting = Waiting.remote(gate)
+    reference = waiting.method.remote()
+    gate.await_arrivals(1)
+    ray.kill(waiting)
+    with pytest.raises(exceptions.ActorDiedError):
+        ray.get(reference, timeout=30)
+
+
 def test_async_awaits_references(ray):
     @ray.remote
     def double(x):
@@ -866,6 +964,28 @@ def test_async_errors(ray):
 
     with pytest.raises(LookupError, match="in the loop"):
         ray.get(Async.remote().fail.remote(), timeout=30)
+
+
+def test_async_generator_with_num_returns(ray):
+    """Only a stream gives its items."""
+
+    @ray.remote
+    class Async:
+        async def items(self):
+            yield 1
+            yield 2
+
+    items = Async.remote().items
+    assert [ray.get(item, timeout=30) for item in items.remote()] == [1, 2]
+    for count in (1, 2):
+        with pytest.raises(TypeError, match="'async_generator' object is not iterable") as caught:
+            ray.get(items.options(num_returns=count).remote(), timeout=30)
+        assert isinstance(caught.value, exceptions.RayTaskError)
+    with pytest.warns(DeprecationWarning, match="streaming"):
+        dynamic = items.options(num_returns="dynamic").remote()
+    with pytest.raises(ValueError, match="dynamic") as refused:
+        ray.get(dynamic, timeout=30)
+    assert isinstance(refused.value, exceptions.RayTaskError)
 
 
 def test_async_limit(ray):
@@ -902,6 +1022,103 @@ def test_cancel_async_call(ray, gate):
     with pytest.raises(exceptions.TaskCancelledError):
         ray.get(reference, timeout=30)
     assert ray.get(actor.fine.remote(), timeout=30) == 1
+
+
+def test_cancelled_whatever_its_coroutine_does(ray, gate):
+    @ray.remote
+    class Async:
+        async def stubborn(self, gate, error):
+            gate.arrive()
+            try:
+                await asyncio.Event().wait()
+            except asyncio.CancelledError:
+                if error:
+                    raise LookupError("instead") from None
+            return "caught"
+
+        async def items(self, gate):
+            yield 1
+            gate.arrive()
+            try:
+                await asyncio.Event().wait()
+            except asyncio.CancelledError:
+                yield 2
+
+        async def cancel_itself(self):
+            raise asyncio.CancelledError
+
+        async def fine(self):
+            return 1
+
+    actor = Async.remote()
+    items = actor.items.remote(gate)
+    calls = [actor.stubborn.remote(gate, error) for error in (False, True)]
+    gate.await_arrivals(3)
+    for cancelled in (*calls, items):
+        ray.cancel(cancelled)
+    assert ray.get(next(items), timeout=30) == 1
+    for reference in (*calls, next(items), actor.cancel_itself.remote()):
+        with pytest.raises(exceptions.TaskCancelledError) as caught:
+            ray.get(reference, timeout=30)
+        assert isinstance(caught.value, exceptions.RayTaskError)
+    assert next(items, None) is None
+    assert ray.get(actor.fine.remote(), timeout=30) == 1
+
+
+def test_async_concurrency_groups(ray, gate):
+    """Each has a loop of its own: one that blocks keeps neither the others waiting nor those without a group."""
+
+    @ray.remote(concurrency_groups={"health": 1, "io": 2})
+    class Grouped:
+        def __init__(self):
+            self.loop = asyncio.get_running_loop()
+
+        async def block(self, gate, name):
+            return gate.wait(name)
+
+        @ray.method(concurrency_group="health")
+        async def ping(self, reference=None):
+            if reference:
+                assert await reference[0] == ray.get(reference[0])
+            return "pong", self.loop is asyncio.get_running_loop()
+
+        @ray.method(concurrency_group="io")
+        async def sleep(self, gate):
+            gate.arrive("sleep")
+            await asyncio.sleep(60)
+
+        @ray.method(concurrency_group="io")
+        async def items(self):
+            yield 1
+            yield 2
+
+    actor = Grouped.remote()
+    assert ray.get(actor.ping.remote([ray.put(1)]), timeout=30) == ("pong", False)
+    assert ray.get(actor.ping.options(concurrency_group="").remote(), timeout=30) == ("pong", False)
+    blocked = actor.block.remote(gate, "main")
+    gate.await_arrivals(1, "main")
+    assert ray.get([actor.ping.remote() for _ in range(5)], timeout=10) == [("pong", False)] * 5
+    assert [ray.get(item, timeout=10) for item in actor.items.remote()] == [1, 2]
+    sleeping = actor.sleep.remote(gate)
+    gate.await_arrivals(1, "sleep")
+    ray.cancel(sleeping)
+    with pytest.raises(exceptions.TaskCancelledError):
+        ray.get(sleeping, timeout=10)
+    never = actor.block.remote(gate, "never")
+    assert ray.get(actor.ping.remote(), timeout=10) == ("pong", False)
+    ray.cancel(never)
+    with pytest.raises(exceptions.TaskCancelledError):
+        ray.get(never, timeout=10)
+    gate.open("main")
+    assert ray.get(blocked, timeout=30) == "passed"
+    blocked = actor.block.options(concurrency_group="io").remote(gate, "io")
+    gate.await_arrivals(1, "io")
+    assert ray.get(actor.block.remote(gate, "main"), timeout=10) == "passed"
+    ended = actor.__ray_terminate__.options(concurrency_group="health").remote()
+    gate.open("io")
+    assert ray.get(blocked, timeout=30) == "passed"
+    with pytest.raises(exceptions.RayActorError):
+        ray.get(ended, timeout=30)
 
 
 def test_concurrency_groups(ray, gate):

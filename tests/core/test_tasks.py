@@ -592,6 +592,33 @@ def test_numerical_libraries_have_the_threads_of_the_task(ray):
     assert ray.get([given.remote() for _ in range(2)]) == ["7", "7"]
 
 
+def test_dynamic_results_that_fail(ray):
+    """An error of the generator is its last item; what ends the task otherwise is the error of all of it."""
+
+    @ray.remote
+    def fail():
+        raise KeyError("no argument")
+
+    @ray.remote(max_retries=0)
+    def items(then):
+        yield 1
+        if then == "raise":
+            raise LookupError("after one")
+        os._exit(1)
+
+    with pytest.warns(DeprecationWarning, match="streaming"):
+        dynamic = items.options(num_returns="dynamic")
+    raised, died, not_run = [dynamic.remote(then) for then in ("raise", "die", fail.remote())]
+    first, last = ray.get(raised, timeout=30)
+    assert ray.get(first) == 1
+    with pytest.raises(LookupError, match="after one"):
+        ray.get(last)
+    with pytest.raises(exceptions.WorkerCrashedError):
+        ray.get(died, timeout=30)
+    with pytest.raises(KeyError, match="no argument"):
+        ray.get(not_run, timeout=30)
+
+
 # ------------------------------------------------------------------ cancelling
 
 
@@ -605,6 +632,24 @@ def test_cancel_running(ray, gate):
     ray.cancel(reference)
     with pytest.raises(exceptions.TaskCancelledError):
         ray.get(reference, timeout=30)
+
+
+def test_cancelled_task_says_what_it_was_stopped_at(ray, gate):
+    """What it makes of the interruption is its outcome; and it is not tried again."""
+
+    @ray.remote(max_retries=2, retry_exceptions=True)
+    def wait(gate):
+        try:
+            return gate.wait()
+        except KeyboardInterrupt:
+            raise LookupError("at step 7") from None
+
+    reference = wait.remote(gate)
+    gate.await_arrivals(1)
+    ray.cancel(reference)
+    with pytest.raises(LookupError, match="at step 7") as caught:
+        ray.get(reference, timeout=30)
+    assert not isinstance(caught.value, exceptions.TaskCancelledError)
 
 
 def test_cancel_by_force(ray, gate):
