@@ -43,6 +43,7 @@ _KEPT = ("OMPI_ALLOW_RUN_AS_ROOT", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM", *REACH)
 _MOMENT = "session_%Y-%m-%d_%H-%M-%S"  # how the names of sessions begin
 _MOMENT_ENDS = len("session_2026-01-31_23-59-59")
 _GRACE_S = 60.0
+_KILL_S = 5.0  # for killed processes to be gone, on a busy host
 STEPS = "steps"  # beside the nodes' folders: what MPI launchers keep on hosts where their step has ranks
 _RANK_VARIABLES = (b"OMPI_COMM_WORLD_RANK", b"PMIX_RANK", b"PMI_RANK")  # in the environment of what an MPI launcher starts
 
@@ -324,19 +325,18 @@ def kill_leftovers(session: str, node: str = "", leader: int = 0) -> int:
 
 
 def _kill(look: Callable[[], list[int]]) -> int:
-    count = 0
-    for _ in range(20):
-        pids = look()
-        if not pids:
-            break
-        count += len(pids)
+    """Until all are gone: a process that is killed has its memory and files until it gets a CPU once more."""
+    killed: set[int] = set()
+    deadline = time.monotonic() + _KILL_S
+    while (pids := look()) and time.monotonic() < deadline:
+        killed.update(pids)
         for pid in pids:
             try:
                 os.kill(pid, signal.SIGKILL)
             except OSError:
                 pass
         time.sleep(0.01)
-    return count
+    return len(killed)
 
 
 def of_our_job(names: Iterable[str], environment: Mapping[str, str] | None = None) -> list[str]:

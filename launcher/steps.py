@@ -59,7 +59,7 @@ def start(
     else:
         environment = world.hosts_environment()
         extra = world.on_hosts(mpirun, groups)
-        passed = (session.SESSION_VARIABLE, *variables)
+        passed = (session.SESSION_VARIABLE, "SPT_NOENV", *variables)
         if program and mpirun.family == "openmpi":
             command = [*_LASTING, *command]
         folder = os.path.join(os.path.dirname(folder), session.STEPS)
