@@ -136,15 +136,10 @@ def test_resources_that_are_called_like_those_of_groups():
 group_demands = st.tuples(st.integers(-1, 2), st.sampled_from([0, 0.5, 1, 2]), st.sampled_from([0, 0.25, 0.5, 1]))
 
 
-@given(st.lists(st.tuples(st.sampled_from(["grant", "free", "park", "retake"]), group_demands, st.integers(0, 9))))
-def test_nothing_is_given_twice_in_a_group(steps):
-    """RES-5 over any sequence, with bundles that share an accelerator."""
-    rooms, held = [], []
-    pool = group_of({"CPU": 1, "GPU": 0.5}, {"CPU": 2, "GPU": 0.5}, {"CPU": 1, "GPU": 1}, CPU=4, GPU=2, rooms=rooms)
-    empty = dict(pool.available)
-    for what, (index, cpus, gpus), which in steps:
+def walk(pool, steps, held):
+    """Grants, which are ``held`` then, and what becomes of them, by steps of (what, demand, which of them); stops after each."""
+    for what, demand, which in steps:
         if what == "grant":
-            demand = inside(index, CPU=cpus, GPU=gpus)
             fits = pool.fits(demand)
             grant = pool.grant(demand)
             assert fits == (grant is not None)
@@ -159,6 +154,17 @@ def test_nothing_is_given_twice_in_a_group(steps):
                 pool.park_cpus(grant)
             else:
                 pool.retake(grant)
+        yield
+
+
+@given(st.lists(st.tuples(st.sampled_from(["grant", "free", "park", "retake"]), group_demands, st.integers(0, 9))))
+def test_nothing_is_given_twice_in_a_group(steps):
+    """RES-5 over any sequence, with bundles that share an accelerator."""
+    rooms, held = [], []
+    pool = group_of({"CPU": 1, "GPU": 0.5}, {"CPU": 2, "GPU": 0.5}, {"CPU": 1, "GPU": 1}, CPU=4, GPU=2, rooms=rooms)
+    empty = dict(pool.available)
+    asked = [(what, inside(index, CPU=cpus, GPU=gpus), which) for what, (index, cpus, gpus), which in steps]
+    for _ in walk(pool, asked, held):
         pool.validate(rooms + held)
         used = {}
         for grant in held:
@@ -184,22 +190,7 @@ def test_nothing_is_made_or_lost(steps):
     """RES-1, RES-2 over any sequence."""
     pool = ResourcePool({"CPU": 4 * UNIT, "GPU": 3 * UNIT, "memory": 100})
     held = []
-    for what, demand, which in steps:
-        if what == "grant":
-            fits = pool.fits(demand)
-            grant = pool.grant(demand)
-            assert fits == (grant is not None)
-            assert not fits or pool.feasible(demand)
-            held += [grant] if grant else []
-        elif held:
-            grant = held[which % len(held)]
-            if what == "free":
-                held.remove(grant)
-                pool.give_back(grant)
-            elif what == "park":
-                pool.park_cpus(grant)
-            else:
-                pool.retake(grant)
+    for _ in walk(pool, steps, held):
         pool.validate(held)
     for grant in held:
         pool.give_back(grant)
