@@ -5,7 +5,9 @@ arguments of a call, are a byte that says so, and MessagePack, which takes a thi
 
     kind 1 byte · 3 zero · count of buffers u32 · length of the pickle u64 · length of each buffer u64 … · pickle · buffers
 
-every buffer at a multiple of ``ALIGNMENT`` from the start. Reading never copies a buffer: arrays are views on the memory that
+every buffer at a multiple of ``ALIGNMENT`` from the start. Instead of the pickle, an array of numbers by itself, and those among the
+arguments of a call or in a tuple whose other parts are plain, have MessagePack again, of the plain parts and of what each array is
+like: a quarter of the time. Reading never copies a buffer: arrays are views on the memory that
 was read from, and read-only because that memory is.
 
 The ids of references, but for the first, come before the pickle, after their number (u32), and in the pickle each is "the next one". So
@@ -36,6 +38,7 @@ from hpc_ray.ids import OBJECT_ID_BYTES, split_object_ids
 
 ALIGNMENT = 64
 PICKLE, BYTES, PLAIN, ARGUMENTS, REFERENCES = 1, 2, 3, 4, 5  # kinds
+ARRAY, TUPLE_WITH_ARRAYS, ARGUMENTS_WITH_ARRAYS = 6, 7, 8
 
 _HEADER = struct.Struct("<BxxxIQ")
 _LENGTH = struct.Struct("<Q")
@@ -47,6 +50,7 @@ _PICKLE_ALONE = _NO_BUFFERS[PICKLE]
 _PICKLED = slice(_HEADER.size, None)  # of such data
 _loads = pickle.loads
 _pack, _unpack = msgspec.msgpack.Encoder().encode, msgspec.msgpack.Decoder().decode
+_PADDING = bytes(ALIGNMENT)
 _PLAIN_BYTE, _ARGUMENTS_BYTE = bytes([PLAIN]), bytes([ARGUMENTS])
 
 
@@ -168,10 +172,13 @@ class Serialized:
     def to_bytes(self) -> bytes:
         if not self.buffers:
             return self.head
-        out = bytearray(self.size)
-        for offset, data in self.pieces():
-            out[offset : offset + len(data)] = data
-        return bytes(out)
+        parts: list[Any] = [self.head]
+        end = len(self.head)
+        for buffer in self.buffers:
+            parts.append(_PADDING[: -end % ALIGNMENT])
+            parts.append(buffer)
+            end += -end % ALIGNMENT + buffer.nbytes
+        return b"".join(parts)
 
     def pieces(self) -> Iterator[tuple[int, Any]]:
         """(offset, bytes-like) of each piece, in order; what lies between them is padding."""
@@ -239,6 +246,67 @@ def _is_simple(value: Any, depth: int = _DEEP) -> bool:
     return dtype.isbuiltin == 1 and not dtype.hasobject and dtype.metadata is None
 
 
+_NUMBERS = frozenset("biufc")  # kinds of dtype
+
+
+def _with_arrays(value: Any) -> Serialized | None:
+    """The short way (2 µs) for an array of numbers, a tuple of such and of plain values, and the arguments of a call that are like that;
+    None for all else."""
+    numpy = sys.modules.get("numpy")
+    if numpy is None:
+        return None
+    ndarray = numpy.ndarray
+    values: list[Any]
+    if type(value) is ndarray:
+        kind, values = ARRAY, [value]
+    elif type(value) is not tuple:
+        return None
+    elif len(value) == 2 and type(value[0]) is tuple and type(value[1]) is dict and not value[1]:
+        kind, values = ARGUMENTS_WITH_ARRAYS, list(value[0])
+    else:
+        kind, values = TUPLE_WITH_ARRAYS, list(value)
+    arrays: list[tuple[int, str, tuple[int, ...]]] = []
+    views: list[memoryview] = []
+    for slot, part in enumerate(values):
+        cls = type(part)
+        if cls is ndarray:
+            dtype = part.dtype
+            if dtype.kind not in _NUMBERS or dtype.isbuiltin != 1 or dtype.metadata is not None or not part.flags.c_contiguous:
+                return None
+            if views and any(part is values[other] for other, _, _ in arrays):  # pickle has it once
+                return None
+            arrays.append((slot, dtype.char, part.shape))
+            views.append(pickle.PickleBuffer(part).raw())
+        elif cls not in _PLAIN and (cls is not bytes or len(part) >= _SHORT):
+            return None
+    if not arrays:
+        return None
+    for slot, _, _ in arrays:
+        values[slot] = None
+    try:
+        data = _pack((values, arrays))
+    except (OverflowError, ValueError):
+        return None
+    return Serialized(_head(kind, data, views), views, _NO_REFERENCES)
+
+
+def _load_with_arrays(data: Any) -> Any:
+    from numpy import ndarray
+
+    view = memoryview(data).toreadonly()
+    kind, count, length = _HEADER.unpack_from(view)
+    begin = _HEADER.size + _LENGTH.size * count
+    offset = begin + length
+    values, arrays = _unpack(view[begin:offset])
+    for number, (slot, char, shape) in enumerate(arrays):
+        offset += -offset % ALIGNMENT
+        values[slot] = ndarray(shape, char, view, offset)
+        offset += _LENGTH.unpack_from(view, _HEADER.size + _LENGTH.size * number)[0]
+    if kind == ARRAY:
+        return values[0]
+    return tuple(values) if kind == TUPLE_WITH_ARRAYS else (tuple(values), {})
+
+
 def serialize(value: Any) -> Serialized:
     """The value as bytes.
 
@@ -250,6 +318,8 @@ def serialize(value: Any) -> Serialized:
         return Serialized(plain, [], _NO_REFERENCES)
     if type(value) is bytes:
         return Serialized(_HEADER.pack(BYTES, 1, 0) + _LENGTH.pack(len(value)), [memoryview(value)], _NO_REFERENCES)
+    if type(value) is not dict and not _custom and (short := _with_arrays(value)) is not None:
+        return short
     buffers: list = []
     kind = PICKLE
     if not _custom and _is_simple(value):
@@ -270,14 +340,12 @@ def serialize(value: Any) -> Serialized:
             data = b"".join((_COUNT.pack(len(pickler.ids)), *pickler.ids, data))
     if not buffers:
         return Serialized(_NO_BUFFERS[kind] + data, [], contained)
-    views = [_flat(buffer) for buffer in buffers]
-    lengths = b"".join(_LENGTH.pack(view.nbytes) for view in views)
-    head = _HEADER.pack(kind, len(views), len(data)) + lengths + data
-    return Serialized(head, views, contained)
+    views = [buffer.raw() for buffer in buffers]
+    return Serialized(_head(kind, data, views), views, contained)
 
 
-def _flat(buffer: pickle.PickleBuffer) -> memoryview:
-    return buffer.raw()
+def _head(kind: int, data: bytes, views: list[memoryview]) -> bytes:
+    return b"".join((_HEADER.pack(kind, len(views), len(data)), *[_LENGTH.pack(view.nbytes) for view in views], data))
 
 
 def deserialize(data: Any) -> Any:
@@ -289,6 +357,8 @@ def deserialize(data: Any) -> Any:
         return _unpack(view[1:])
     if kind == ARGUMENTS:
         return tuple(_unpack(view[1:])), {}
+    if kind >= ARRAY:
+        return _load_with_arrays(data)
     if short and data.startswith(_PICKLE_ALONE):
         return _loads(data[_PICKLED])
     _, count, length = _HEADER.unpack_from(view)

@@ -89,6 +89,54 @@ def test_arrays_and_arguments(value):
         assert np.array_equal(back, value)
 
 
+KINDS = ["?", "b", "B", "h", "H", "i", "I", "l", "L", "q", "Q", "e", "f", "d", "g", "F", "D"]
+
+
+@pytest.mark.parametrize("char", KINDS)
+@pytest.mark.parametrize("shape", [(), (0,), (3, 0, 2), (7,), (2, 3, 5)], ids=str)
+def test_arrays_of_numbers(char, shape):
+    """By themselves, in a tuple and as arguments: the same numbers, read only, at aligned places."""
+    array = np.zeros(shape, char)
+    array[...] = np.arange(math.prod(shape)).reshape(shape) % 2
+    for value in (array, (array, 1, "text", array.copy()), ((None, array), {}), ((array, array.copy()), {}), ((), {}, array)):
+        data = serialize.serialize(value).to_bytes()
+        for given in (data, memoryview(bytearray(data))):
+            assert_same(serialize.deserialize(given), value)
+
+
+def assert_same(found, expected):
+    assert type(found) is type(expected)
+    if isinstance(expected, tuple):
+        assert len(found) == len(expected)
+        for part, of in zip(found, expected, strict=True):
+            assert_same(part, of)
+    elif isinstance(expected, np.ndarray):
+        assert found.dtype == expected.dtype
+        assert found.shape == expected.shape and np.array_equal(found, expected)
+        assert found.flags.aligned and not found.flags.writeable
+    else:
+        assert found == expected
+
+
+@pytest.mark.parametrize("order", ["F", ">", "twice", "long"])
+def test_arrays_for_pickle(order):
+    """Those that the short way leaves to pickle: columns first, the other byte order, one that is there twice, beside a large integer."""
+    array = np.arange(12.0).reshape(3, 4)
+    if order == "F":
+        back = serialize.deserialize(serialize.serialize(np.asfortranarray(array)).to_bytes())
+        assert back.flags.f_contiguous and np.array_equal(back, array)
+    elif order == ">":
+        back = serialize.deserialize(serialize.serialize(array.astype(">f8")).to_bytes())
+        assert back.dtype == np.dtype(">f8") and np.array_equal(back, array)
+    elif order == "twice":
+        serialized = serialize.serialize(((array, array), {}))
+        (first, second), _ = serialize.deserialize(serialized.to_bytes())
+        assert first is second and len(serialized.buffers) == 1
+    else:
+        back = serialize.deserialize(serialize.serialize((array, 1 << 70)).to_bytes())
+        assert np.array_equal(back[0], array) and back[1] == 1 << 70
+
+
 def test_what_looks_like_an_array_of_numbers():
     """Objects in arrays, subclasses and what is registered go the long way, which knows cloudpickle and registered serializers."""
     objects = np.array([unpicklable_by_name(), 1], dtype=object)
