@@ -13,6 +13,7 @@ that never mean another object later.
 After a fork the child must open a lane of its own: every call on the parent's Lane or Store raises RuntimeError there.
 """
 
+from collections.abc import Callable
 from typing import Final, final
 
 from typing_extensions import Buffer
@@ -127,6 +128,89 @@ class Segment:
 
     def validate(self) -> list[str]:
         """Walk all structures; the invariants that do not hold. For tests."""
+
+@final
+class MpiStream:
+    """Frames from the lanes of one node to those of others, as messages of MPI (``native/mpi_stream.h``). Of one thread.
+
+    Args:
+        mpi: see ``transport.mpi_calls``.
+        ranks: by node, those of the links.
+        node: whose end this is.
+        chunk_bytes: at most so many in a message of MPI.
+        slots: receives that are posted.
+        window: sends to one peer that it has not taken yet.
+        tag: of all messages.
+        quiet_s: when nothing was exchanged with a peer for so long, ``ring(node)`` comes before a message to it.
+
+    Raises:
+        RuntimeError: a receive cannot be posted.
+    """
+
+    def __new__(
+        cls,
+        mpi: dict[str, int],
+        ranks: list[int],
+        node: int,
+        *,
+        chunk_bytes: int,
+        slots: int,
+        window: int,
+        tag: int,
+        quiet_s: float,
+        ring: Callable[[int], None] | None = None,
+    ) -> MpiStream: ...
+    def queue(self, node: int, frames: Buffer) -> None:
+        """Frames that leave with the next turn; dropped if the peer is lost."""
+
+    def turn(
+        self, inbox: Lane | None, local: Lane | None, spin_s: float, slept: bool
+    ) -> tuple[bool, list[tuple[int, int, int, bytes]], list[tuple[int, int]]]:
+        """Takes what the inbox has for other nodes along, sends, receives, and delivers to the lanes of `local`'s node; looks again and
+        again for `spin_s`, letting others have the core in between, until something moves. Does not release the GIL.
+
+        Args:
+            slept: MPI may have taken what is found now at any time since the last turn.
+
+        Returns:
+            Whether anything moved; (node that it is from, source, destination, payload) of what is for no lane of this node or for the
+            link itself; (node, or -1 for all, MPI's error code) of what failed.
+
+        Raises:
+            ValueError: an address cannot be.
+        """
+
+    def forsake(self, node: int) -> None:
+        """What an inbox has for that node is dropped from now on."""
+
+    def lose(self, node: int) -> None:
+        """The same, and what is queued for it goes."""
+
+    def close(self) -> None:
+        """Cancels the receives."""
+
+    def has_moved(self) -> None:
+        """Something else has moved just now, as far as ``silent_s`` goes."""
+
+    @property
+    def arrived_bytes(self) -> int:
+        """In the last turn."""
+
+    @property
+    def queued_bytes(self) -> int:
+        """That wait for room."""
+
+    @property
+    def sending(self) -> bool:
+        """Something is queued, or not taken by its receiver yet."""
+
+    @property
+    def looked_s(self) -> float:
+        """When the last turn looked for the last time; the clock is ``time.monotonic``'s."""
+
+    @property
+    def silent_s(self) -> float:
+        """How long before that something had moved."""
 
 @final
 class Lane:

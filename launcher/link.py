@@ -118,7 +118,6 @@ class Link:
         self.node_alive = False
         self.parting = False  # our node is gone, and we have yet to part from it
         self.code = 0
-        self.gone: set[int] = set()  # nodes without life, whether their link lives or not
         self.standby = list(range(rank.nodes, len(rank.leaders)))  # node 0: who can still be told to start
         self.awaited: dict[int, tuple[str, int]] = {}  # node 0: node → (what is awaited of it, the request's number)
         self.drains = signals.in_job()  # the end comes with the driver's (SIGNAL-1)
@@ -147,6 +146,7 @@ class Link:
         self.lane = attachment.lane
         self.files = ObjectFiles(_core.Store(attachment.segment, attachment.lane), attachment.config.spill_dir)
         self.node_alive = True
+        self.transport.local = self.lane
         files = mpi_files.of_rank(self.rank.place.rank, everything=self.rank.place.local_rank == 0)
         channel.send_note(attachment.connection, {"remove": files})
         attachment.connection.setblocking(False)
@@ -176,43 +176,46 @@ class Link:
         next_watch = 0.0
         ctypes.CDLL(None).prctl(_PR_SET_TIMERSLACK, SLACK_NS)
         while True:
-            moved = slept = False
-            wait = 0.0
+            slept = False
+            received: list[tuple[int, bytes]] = []
+            spin_left_s = quiet_since + spin - time.monotonic()
+            lively = transport.busy or spin_left_s > 0
+            has_room = transport.backlog_bytes < BACKLOG_BYTES
             if lane is None:
                 time.sleep(0.0 if transport.busy else STANDBY_PARK_S)
                 lane = self.lane
-            elif transport.backlog_bytes < BACKLOG_BYTES:
-                wait = 0.0 if transport.busy or time.monotonic() - quiet_since < spin else park
-                sleep = 0.0 if wait == 0.0 or self.stopping or doorbell is None else transport.sleep_s()
+            elif has_room and not lively:
+                sleep = 0.0 if self.stopping or doorbell is None else transport.sleep_s()
                 if sleep == 0.0 or doorbell is None:
-                    received = lane.receive_frames(wait, spin=False)
+                    received = lane.receive_frames(park, spin=False)
                 else:
                     doorbell.arm()
                     received = lane.receive_frames(sleep, spin=False)
                     doorbell.disarm()
                     slept, park = True, FIRST_PARK_S
-                if received:
-                    moved = True
-                    self.send_all(received)
-            elif doorbell is not None and not transport.busy:
+                for node, frames in received:
+                    self.on_local(transport.pass_on(node, frames))
+            elif not has_room and doorbell is not None and not transport.busy:
                 doorbell.wait(PARK_S)
-            self.arrived = 0
-            for event in transport.poll():
+            moved, here, events = transport.turn(lane if has_room else None, spin_left_s)
+            self.on_local(here)
+            for event in events:
                 self.on_event(event)
-                moved = True
+            arrived = transport.arrived_bytes
+            moved = moved or bool(received)
             if self.parting:
                 self.part()  # the others know by now: this takes a while
             now = time.monotonic()
-            if moved or self.arrived:
+            if moved:
                 spin = next_spin_s(spin, now - quiet_since)
                 quiet_since, park = now, FIRST_PARK_S
-                if 0 < self.arrived <= LITTLE_BYTES:
+                if 0 < arrived <= LITTLE_BYTES:
                     os.sched_yield()  # to whom it was for
-            elif wait == 0.0:
+            elif lively:
                 os.sched_yield()  # to whom it may carry something next
             else:
                 park = min(park * 1.2, next(longest for silence, longest in PARKS_S if now - quiet_since < silence))
-            if now >= next_watch or (slept and not moved and not self.arrived):  # perhaps somebody else has rung
+            if now >= next_watch or (slept and not moved):  # perhaps somebody else has rung
                 next_watch = now + WATCH_S
                 self.watch()
                 if self.stopping and not self.node_alive:
@@ -237,28 +240,22 @@ class Link:
             return os.WEXITSTATUS(status) if os.WIFEXITED(status) else 128 + os.WTERMSIG(status)
         return self.code
 
-    def send_all(self, received: list[tuple[int, bytes]]) -> None:
-        for node, frames in received:
-            if node == self.node:
-                for _, _, payload in _core.split_frames(frames)[1]:
-                    self.on_local(payload)
-            elif node not in self.gone and self.transport.reaches(node):
-                self.transport.send_frames(node, frames)
+    def lose_node(self) -> None:
+        """Our node is gone: nothing is carried to its lanes any more."""
+        self.node_alive = False
+        self.transport.local = None
 
-    def forward(self, frames: Any) -> tuple[int, list[tuple[int, int, bytes]]]:
-        """What has come from other nodes, to its lanes (``transport.Forward``)."""
-        self.arrived += len(frames)
-        return self.lane.forward_frames(frames) if self.node_alive else _core.split_frames(frames)
-
-    def on_local(self, payload: bytes) -> None:
+    def on_local(self, payloads: list[bytes]) -> None:
         """From our own raylet to us."""
-        try:
-            message = decode(payload)
-        except msgspec.ValidationError as error:
-            print(f"link {self.node}: {error}", file=sys.stderr)
-            return
+        for payload in payloads:
+            try:
+                self.on_wish(decode(payload))
+            except msgspec.ValidationError as error:
+                print(f"link {self.node}: {error}", file=sys.stderr)
+
+    def on_wish(self, message: Any) -> None:
         if isinstance(message, TransferObject):
-            if message.source_node in self.gone or not self.transport.reaches(message.source_node):
+            if message.source_node in self.transport.forsaken or not self.transport.reaches(message.source_node):
                 self.on_event(TransferEnded(message.transfer_id, f"node {message.source_node} is gone"))
             else:
                 self.transport.transfer(
@@ -295,9 +292,9 @@ class Link:
 
     def on_node_gone(self, node: int, text: str) -> None:
         """A node is gone: the GCS is told by the link of its own node; without node 0 there is nothing to go on with."""
-        if node in self.gone:
+        if node in self.transport.forsaken:
             return
-        self.gone.add(node)
+        self.transport.forsake(node)
         if node in self.awaited:
             self.answer(node, {"text": text})
         if self.stopping:
@@ -325,7 +322,7 @@ class Link:
             node = self.standby.pop(0)
             self.awaited[node] = ("start", request)
             self.tell(node, _START_NODE + json.dumps(note["start"]).encode())
-        elif node in self.gone:
+        elif node in self.transport.forsaken:
             self.reply(request, {"text": "it was gone already"})
         else:
             self.awaited[node] = ("end", request)
@@ -373,7 +370,7 @@ class Link:
             except OSError:
                 pass  # it has just died
             self.part()
-        self.node_alive = False
+        self.lose_node()
         self.on_own_node_gone("it was removed")
 
     # -- the neighbourhood
@@ -387,10 +384,10 @@ class Link:
 
     def give_signs_of_life(self, life: SignsOfLife, now: float) -> None:
         for node in life.due(now):
-            if node not in self.gone:
+            if node not in self.transport.forsaken:
                 self.tell(node, _ALIVE)
         for node in life.silent(now):
-            if node not in self.gone:
+            if node not in self.transport.forsaken:
                 self.on_silent_host(node, f"no sign of life for {life.timeout_s:g} s")
 
     def on_silent_host(self, node: int, text: str) -> None:
@@ -401,7 +398,7 @@ class Link:
         else:
             text = f"the head node is gone: {text}"
         self.rank.lost = text
-        self.gone.add(node)
+        self.transport.forsake(node)
         self.stop(text, code=1)
 
     def on_signal(self, number: int, frame: Any) -> None:
@@ -441,7 +438,7 @@ class Link:
             assert self.attachment is not None
             closed, note = _closed(self.attachment.connection)
             if closed:
-                self.node_alive = False
+                self.lose_node()
                 self.parting = self.node != 0
                 self.on_own_node_gone(note)
 

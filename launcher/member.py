@@ -213,7 +213,6 @@ class Member(rank_module.Rank):
             heartbeat_s=self.settings.heartbeat_s,
             timeout_s=self.settings.heartbeat_timeout_s,
             connect_timeout_s=self.settings.start_timeout_s,
-            forward=bridge.forward,
         )
 
 
@@ -342,14 +341,14 @@ class Head(_Bridge):
             note = {"error": note.get("text", "it is gone")}
         if "error" in note:
             text = f"node {node} on {self.rank.host_of(node)}: {note['error']}"
-            self.gone.add(node)
+            self.transport.forsake(node)
             if not self.announced:
                 self.fail_start(text)
             elif node not in self.awaited:
                 relay.say(text)
             super().answer(node, {"error": text})
         else:
-            if "node_id" in note and node not in self.gone:
+            if "node_id" in note and node not in self.transport.forsaken:
                 self.on_up(node, note)
             super().answer(node, note)
 
@@ -404,7 +403,7 @@ class Head(_Bridge):
     # -- who is lost
 
     def declare_lost(self, node: int, text: str) -> None:
-        if node in self.gone:
+        if node in self.transport.forsaken:
             self.transport.lose(node, text)
             return
         if not self.announced:
@@ -416,7 +415,7 @@ class Head(_Bridge):
     def on_message(self, node: int, source: int, destination: int, data: bytes) -> None:
         if destination == self.address and data[:1] == _MISSING:
             missing, text = json.loads(data[1:])
-            if node not in self.gone and missing not in self.gone:
+            if node not in self.transport.forsaken and missing not in self.transport.forsaken:
                 self.declare_lost(missing, f"node {node} has lost it: {text}")
             return
         super().on_message(node, source, destination, data)
@@ -468,7 +467,7 @@ class Follower(_Bridge):
             if node in known:
                 self.transport.expect(node, [known[node]])
             else:  # it came and went before us
-                self.gone.add(node)
+                self.transport.forsake(node)
         if attachment is not None:
             self.say_up(own_words(rank, attachment))
             self.announce({})
@@ -482,9 +481,9 @@ class Follower(_Bridge):
         self.transport.close(link.FINALIZE_S)
 
     def on_event(self, event: Event) -> None:
-        if isinstance(event, PeerLost) and event.node and event.node not in self.gone and not self.stopping:
+        if isinstance(event, PeerLost) and event.node and event.node not in self.transport.forsaken and not self.stopping:
             self.tell(0, _MISSING + json.dumps([event.node, event.text]).encode())  # who judges (MEMBER-1)
-            self.gone.add(event.node)
+            self.transport.forsake(event.node)
         elif isinstance(event, Joining):
             self.transport.refuse(event.door, f"this is node {self.node}, not the head")
         else:
@@ -496,13 +495,13 @@ class Follower(_Bridge):
             if lost == self.node:
                 self.on_event(Expelled(node, text))
             else:
-                self.gone.add(lost)
+                self.transport.forsake(lost)
                 self.transport.lose(lost, text)
             return
         super().on_message(node, source, destination, data)
 
     def on_node_gone(self, node: int, text: str) -> None:
-        if node == 0 and not self.stopping and node not in self.gone:
+        if node == 0 and not self.stopping and node not in self.transport.forsaken:
             relay.say(f"node {self.node} on {self.rank.facts['host']} ends: the head is gone ({text})")
         super().on_node_gone(node, text)
 

@@ -381,7 +381,7 @@ class Rank:
         from hpc_ray.transport.mpi import MPITransport
 
         bells = self.hang_bells(communicator) if self.has_link else None
-        return MPITransport(communicator, list(range(len(self.leaders))), link, link.on_message, bells, link.forward)
+        return MPITransport(communicator, list(range(len(self.leaders))), link, link.on_message, bells)
 
     def hang_bells(self, communicator: Any) -> Bells | None:
         """Collective over the links; None: we have no address for one, and look at short intervals."""

@@ -6,6 +6,7 @@
 // BIND-3 (lifetime): Pin and WriteBuffer hold the lane, the lane holds the segment; a memoryview or array made from
 //   them holds them. So memory is never unmapped under a reader.
 #include <nanobind/nanobind.h>
+#include <nanobind/stl/function.h>
 #include <nanobind/stl/shared_ptr.h>
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
@@ -16,6 +17,7 @@
 #include "frames.h"
 #include "lane.h"
 #include "mapped_file.h"
+#include "mpi_stream.h"
 #include "process.h"
 #include "reclaim.h"
 
@@ -241,6 +243,43 @@ nb::object receive_background(Lane& lane, nb::handle deadline_s, u64 limit) {
     }
 }
 
+// Of the MPI that mpi4py has loaded: see transport/mpi_calls.py.
+Mpi mpi_of(const nb::dict& found) {
+    auto number = [&](const char* name) { return nb::cast<u64>(found[name]); };
+    Mpi mpi;
+    auto function = [&](const char* name, auto& pointer) { pointer = reinterpret_cast<std::decay_t<decltype(pointer)>>(number(name)); };
+    function("MPI_Issend", mpi.issend);
+    function("MPI_Irecv", mpi.irecv);
+    function("MPI_Test", mpi.test);
+    function("MPI_Wait", mpi.wait);
+    function("MPI_Cancel", mpi.cancel);
+    function("MPI_Request_free", mpi.request_free);
+    function("MPI_Get_count", mpi.get_count);
+    mpi.comm = number("comm");
+    mpi.byte = number("byte");
+    mpi.request_null = number("request_null");
+    mpi.request_bytes = number("request_bytes");
+    mpi.status_bytes = number("status_bytes");
+    mpi.source_at = number("source_at");
+    mpi.any_source = nb::cast<int>(found["any_source"]);
+    return mpi;
+}
+
+i64 nanoseconds(double seconds) { return i64(seconds * 1e9); }
+
+// (whether anything moved, [(node, source, destination, payload)], [(node, code)])
+nb::object stream_turn(MpiStream& stream, Lane* inbox, Lane* local, double spin_s, bool slept) {
+    std::vector<MpiStream::Message> others;
+    std::vector<MpiStream::Failure> failures;
+    const i64 until = spin_s > 0 ? monotonic_ns() + nanoseconds(spin_s) : 0;
+    const bool moved = stream.turn(inbox, local, until, slept, others, failures);
+    nb::list messages, failed;
+    for (const MpiStream::Message& m : others)
+        messages.append(nb::make_tuple(m.node, m.src, m.dest, nb::bytes(m.payload.data(), m.payload.size())));
+    for (const MpiStream::Failure& f : failures) failed.append(nb::make_tuple(f.node, f.code));
+    return nb::make_tuple(moved, messages, failed);
+}
+
 nb::object unclaimed_list(const std::vector<Unclaimed>& unclaimed) {
     nb::list result;
     for (const Unclaimed& u : unclaimed)
@@ -360,6 +399,32 @@ NB_MODULE(_core, m) {
         nb::arg("frames"));
     m.def("set_parent_death_signal", &set_parent_death_signal, nb::arg("signal"));
     m.def("set_child_subreaper", &set_child_subreaper);
+
+    nb::class_<MpiStream>(m, "MpiStream")
+        .def(nb::new_([](const nb::dict& mpi, std::vector<int> ranks, u32 node, u64 chunk_bytes, u32 slots, u32 window, int tag,
+                         double quiet_s, MpiStream::Ring ring) {
+                 const MpiStream::Shape shape{chunk_bytes, slots, window, tag, nanoseconds(quiet_s)};
+                 return std::make_shared<MpiStream>(mpi_of(mpi), std::move(ranks), node, shape, std::move(ring));
+             }),
+             nb::arg("mpi"), nb::arg("ranks"), nb::arg("node"), nb::kw_only(), nb::arg("chunk_bytes"), nb::arg("slots"),
+             nb::arg("window"), nb::arg("tag"), nb::arg("quiet_s"), nb::arg("ring").none() = nb::none())
+        .def(
+            "queue",
+            [](MpiStream& stream, u32 node, nb::handle frames) {
+                Payload data(frames);
+                stream.queue(node, data.data, data.bytes);
+            },
+            nb::arg("node"), nb::arg("frames"))
+        .def("turn", &stream_turn, nb::arg("inbox").none(), nb::arg("local").none(), nb::arg("spin_s"), nb::arg("slept"))
+        .def("forsake", &MpiStream::forsake, nb::arg("node"))
+        .def("lose", &MpiStream::lose, nb::arg("node"))
+        .def("close", &MpiStream::close)
+        .def("has_moved", &MpiStream::has_moved)
+        .def_prop_ro("arrived_bytes", &MpiStream::arrived)
+        .def_prop_ro("queued_bytes", &MpiStream::queued)
+        .def_prop_ro("sending", &MpiStream::sending)
+        .def_prop_ro("looked_s", [](MpiStream& stream) { return double(stream.looked()) * 1e-9; })
+        .def_prop_ro("silent_s", [](MpiStream& stream) { return double(stream.looked() - stream.moved()) * 1e-9; });
 
     nb::class_<Segment>(m, "Segment")
         .def(nb::new_([](u32 node, u64 arena_bytes, u32 max_lanes, u32 ring_bytes) {

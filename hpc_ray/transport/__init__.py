@@ -2,7 +2,7 @@
 
 A transport moves messages (source and destination address, payload) and objects (arena to arena) between the nodes of a
 session. ``mpi`` is the one for worlds that end together, ``tcp`` the one for nodes that come and are lost. It belongs to one thread,
-never blocks except in ``close``, and does its work in ``poll``. What many messages need is done in C++ (``native/frames.h``): from
+never blocks except in ``close``, and does its work in ``turn``. What many messages need is done in C++ (``native/frames.h``): from
 lane to transport and back they are frames, one after the other.
 
 TRANSPORT-1 (order): messages to one node arrive in the order of ``send``, each once.
@@ -16,15 +16,10 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import Any, NamedTuple, Protocol, Union
 
-from hpc_ray._core import pack_frame
+from hpc_ray._core import Lane, pack_frame, split_frames
 
 Deliver = Callable[[int, int, int, bytes], None]
 """``deliver(node, source, destination, payload)``."""
-
-Forward = Callable[[Any], tuple[int, list[tuple[int, int, bytes]]]]
-"""``forward(frames)`` takes the whole frames at the beginning of a buffer: how many bytes they are, and those that are to be delivered.
-``Lane.forward_frames`` is one; ``split_frames``, by which all are delivered, another."""
-
 
 class PeerLost(NamedTuple):
     """The node cannot be reached any more."""
@@ -70,11 +65,27 @@ class Objects(Protocol):
         """So many bytes of that memory are about to be written: it may be made ready, which pays before large ones."""
 
 
+class Turn(NamedTuple):
+    """What has come of one."""
+
+    moved: bool
+    here: list[bytes]  # messages of the own node for the link itself
+    events: list[Event]
+
+
 class Transport(ABC):
     """One node's end."""
 
     node: int
     nodes: int  # the highest number there has been, plus one
+
+    def __init__(self, objects: Objects, deliver: Deliver):
+        """``deliver`` gets what is for no lane of ``local``."""
+        self._objects = objects
+        self._deliver = deliver
+        self.local: Lane | None = None  # the link's, by which messages from other nodes go to the lanes of this one
+        self.arrived_bytes = 0  # from other nodes, in the last turn
+        self.forsaken: set[int] = set()
 
     def others(self) -> list[int]:
         """The other nodes, as far as they are not known to be lost."""
@@ -96,9 +107,37 @@ class Transport(ABC):
     def transfer(self, transfer_id: int, source_node: int, source_handle: int, handle: int, size: int) -> None:
         """Fetches an object of another node into a block of ours; ends with TransferEnded."""
 
+    def forsake(self, node: int) -> None:
+        """The node has no life any more, whether its link lives or not: what lanes have for it is dropped from now on."""
+        self.forsaken.add(node)
+
     @abstractmethod
     def poll(self) -> list[Event]:
         """Sends, receives, delivers; returns what else happened."""
+
+    def turn(self, inbox: Lane | None, spin_s: float) -> Turn:
+        """Takes along what the inbox has for other nodes, and polls; a transport that has to look for what comes does so again and
+        again for so long, until something moves."""
+        here: list[bytes] = []
+        received = () if inbox is None else inbox.receive_frames(0.0, spin=False)
+        for node, frames in received:
+            here += self.pass_on(node, frames)
+        self.arrived_bytes = 0
+        events = self.poll()
+        return Turn(bool(received or events or self.arrived_bytes), here, events)
+
+    def pass_on(self, node: int, frames: bytes) -> list[bytes]:
+        """Queues what a lane has for a node; the messages themselves if that is this one."""
+        if node == self.node:
+            return [payload for _, _, payload in split_frames(frames)[1]]
+        if node not in self.forsaken and self.reaches(node):
+            self.send_frames(node, frames)
+        return []
+
+    def _forward(self, frames: Any) -> tuple[int, list[tuple[int, int, bytes]]]:
+        """What has come from another node goes to its lanes: how many bytes were whole frames, and those that are to be delivered."""
+        self.arrived_bytes += len(frames)
+        return split_frames(frames) if self.local is None else self.local.forward_frames(frames)
 
     def fileno(self) -> int:
         """A descriptor that is readable when ``poll`` has something to do, or soon will; -1: there is none, one has to look."""

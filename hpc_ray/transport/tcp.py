@@ -30,8 +30,7 @@ from collections import deque
 from collections.abc import Callable, Generator
 from typing import Any
 
-from hpc_ray._core import split_frames
-from hpc_ray.transport import Deliver, Event, Expelled, Forward, Joining, Objects, PeerLost, TransferEnded, Transport
+from hpc_ray.transport import Deliver, Event, Expelled, Joining, Objects, PeerLost, TransferEnded, Transport
 
 BUFFER_BYTES = 256 << 10
 AHEAD_BYTES = 4 << 10  # read beyond the end of a piece, which is then copied
@@ -313,9 +312,9 @@ class TCPTransport(Transport):
         heartbeat_s: float,
         timeout_s: float,
         connect_timeout_s: float,
-        forward: Forward = split_frames,
         now: Callable[[], float] = time.monotonic,
     ):
+        super().__init__(objects, deliver)
         self.node = node
         self.session = session
         self.heartbeat_s = heartbeat_s
@@ -323,9 +322,6 @@ class TCPTransport(Transport):
         self.connect_timeout_s = connect_timeout_s
         self._secret = secret
         self._listener = listener
-        self._objects = objects
-        self._deliver = deliver
-        self._forward = forward
         self._now = now
         self._peers: dict[int, _Peer] = {}
         self._by_fd: dict[int, _Peer] = {}
