@@ -23,7 +23,8 @@ namespace {
 constexpr i64 kSpinLimit = 50'000;              // ns; about three times what a parked round trip costs
 constexpr u32 kSpinAgain = 32;                  // waits that park before one spins to see whether that pays again
 constexpr u32 kFrameUnstored = 1u << 31;           // in a backlog only: a large payload that still lies in private memory
-constexpr i64 kTick = 1'000'000;                // the background's look while it does not park
+constexpr i64 kTick = 1'000'000;                // the background's look while it does not park,
+constexpr i64 kLongTick = 8'000'000;            // and for as long as the foreground keeps draining
 constexpr i64 kBackgroundPatience = 50'000'000; // without traffic it parks after this
 constexpr i64 kStarved = 10'000'000;
 constexpr i64 kSignalSlice = 500'000'000;       // the main thread looks for Python signals at least this often
@@ -582,6 +583,7 @@ void Lane::tick_with_backlog(u32 seen, i64 end_ns) {
 Wait Lane::wait_background(i64 deadline_ns) {
     u64 drains_seen = foreground_drains_.load();
     bool ticked = false;
+    i64 tick = kTick;
     for (;;) {
         if (closed_.load()) return Wait::kClosed;
         if (bg_wake_.load() && bg_wake_.exchange(false)) return Wait::kWoken;
@@ -597,10 +599,11 @@ Wait Lane::wait_background(i64 deadline_ns) {
             const u64 drains = foreground_drains_.load();
             if (ready && !active && ticked && drains == drains_seen) return Wait::kReady;  // LANE-6
             if (ready || drains != drains_seen) background_active_ns_ = now;
+            tick = ticked && drains != drains_seen ? std::min(2 * tick, kLongTick) : kTick;
             drains_seen = drains;
             if (now - background_active_ns_ < kBackgroundPatience) {
                 ticks_.fetch_add(1, std::memory_order_relaxed);
-                const i64 end = std::min(now + kTick, deadline_ns);
+                const i64 end = std::min(now + tick, deadline_ns);
                 if (backlog_bytes_.load() == 0)
                     futex_wait(entry_.bg_word, seen, end);
                 else

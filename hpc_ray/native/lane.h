@@ -17,7 +17,8 @@
 //   reads the ready bits once more, and hands what is left to a parked background thread (leave_foreground).
 // LANE-5 (killed wakers): a process killed between setting a bit and waking has a ring with the sleeper, and reclaim
 //   sets the bits and wakes all who have a ring with the dead lane. Parking needs no safety time-out for that.
-// LANE-6 (background comes second): while the foreground thread drains now and then, the background thread does not;
+// LANE-6 (background comes second): while the foreground thread drains now and then, the background thread does not, and looks
+//   more and more rarely;
 //   senders make no system call for it while it ticks.
 #pragma once
 

@@ -101,6 +101,50 @@ def test_every_message_arrives_once_and_in_order(node):
     assert node.transport.backlog_bytes == 0
 
 
+def test_lanes_to_lanes(node):
+    """What lanes write to others on other nodes goes there in C++, in order; what is for the link, or for a node without life, does not."""
+    from hpc_ray import _core
+    from hpc_ray.ids import LINK_LANE, address_of
+
+    segment = _core.Segment(node=node.node, arena_bytes=64 << 20)
+    inbox, user = segment.open_lane(LINK_LANE), segment.open_lane(20)
+    node.transport.local = inbox
+    others = [other for other in range(node.nodes) if other != node.node]
+    node.world.Barrier()  # all have their lanes
+    for other in others:
+        for payload in messages(node.node, other):
+            user.send(address_of(other, 20, 1), payload)
+    user.send(inbox.address, b"for the link itself")
+    received: list[tuple[int, bytes]] = []
+    here: list[bytes] = []
+    wanted = sum(len(messages(other, node.node)) for other in others)
+
+    def done():
+        turn = node.transport.turn(inbox, 0.0005)
+        node.events += turn.events
+        here.extend(turn.here)
+        received.extend(user.receive(0.0))
+        return len(received) == wanted and here
+
+    node.drive(done)
+    assert here == [b"for the link itself"]
+    for other in others:
+        assert [payload for source, payload in received if source == address_of(other, 20, 1)] == messages(other, node.node)
+    node.meet()
+    if node.nodes > 1:
+        before, after = (node.node - 1) % node.nodes, (node.node + 1) % node.nodes
+        node.transport.forsake(before)
+        user.send(address_of(before, 20, 1), b"never")
+        user.send(address_of(after, 20, 1), b"if there are three of us")
+        node.drive(lambda: node.transport.turn(inbox, 0.0).moved)
+        expected = [b"if there are three of us"] if after != before else []
+        node.drive(lambda: len(received) >= wanted + len(expected) or not expected or received.extend(user.receive(0.0)))
+        node.meet()
+        assert [payload for _, payload in (received + user.receive(0.0))[wanted:]] == expected
+    user.close(0)
+    node.transport.local = None
+
+
 def content(node: int, handle: int) -> bytes:
     return random.Random(f"{node} {handle}").randbytes([1, 4096, 3_000_000, 4 << 20, (9 << 20) + 7][handle])
 
