@@ -466,6 +466,8 @@ class ForkServer:
         """The driver gets what has been printed so far, then LogLines without lines."""
         for output in list(self._outputs.values()):
             self._on_output(output)
+            if output.splitter.job_id == message.job_id:  # a line without an end is one, as nobody will see the rest
+                self._take(output, b"", end=True)
         followers.discard(message.driver)
         self.lane.send(message.driver, encode(LogLines(0, "", self.config.ip, message.job_id, False, [])))
 
@@ -478,15 +480,19 @@ class ForkServer:
                 return
             except OSError:
                 data = b""
-            cleaned, groups = output.splitter.feed(data, end=not data)
-            output.write(cleaned)
-            for name, job_id, lines in groups:
-                self._forward(output, name, job_id, lines)
+            self._take(output, data, end=not data)
             if not data:
                 self._unwatch(output.pipe)
                 self._outputs.pop(output.pipe, None)
                 output.close()
                 return
+
+    def _take(self, output: Output, data: bytes, *, end: bool) -> None:
+        """What was printed, to the log and to those who follow. ``end``: also a line that has none."""
+        cleaned, groups = output.splitter.feed(data, end=end)
+        output.write(cleaned)
+        for name, job_id, lines in groups:
+            self._forward(output, name, job_id, lines)
 
     def _pause_outputs(self, pause: bool) -> None:
         """Workers whose pipes are full wait in their prints."""

@@ -56,6 +56,8 @@ class RankExecutor(Executor):
             error_class = error.Get_error_class()
             failure = MPIError(str(error), error_class, error_class == getattr(self.mpi, "ERR_PROC_FAILED", -1))
             raise failure.with_traceback(error.__traceback__) from None
+        finally:
+            _flush()
 
     def call_function(self, task: PushTask, args: tuple, kwargs: dict) -> Any:
         self.enter()
