@@ -45,7 +45,9 @@ class Attachment:
         owned: Any = None,
         detached: bool = False,
         lane_index: int = -1,
+        keeper: int = -1,
     ):
+        """``keeper``: a pipe that tells the node how this process ends (``worker.rank``)."""
         self.connection = connection
         self.segment = segment
         self.config = config
@@ -63,7 +65,8 @@ class Attachment:
         channel.let_go_in_forks(connection)
         self.lane = segment.open_lane(lane_index)
         try:
-            channel.send_note(connection, {"address": self.lane.address, "pid": os.getpid(), "kind": int(kind)})
+            note = {"address": self.lane.address, "pid": os.getpid(), "kind": int(kind)}
+            channel.send_note(connection, note, (keeper,) if keeper >= 0 else ())
         except OSError:
             pass  # the node has just died; whoever reads the connection next finds why
 
@@ -191,6 +194,7 @@ def connect(
     lane_index: int = -1,
     handshake: bool = True,
     build: str = "",
+    keeper: int = -1,
 ) -> Attachment:
     """Attaches to a node of this host.
 
@@ -228,6 +232,7 @@ def connect(
         owned=owned,
         detached=bool(note.get("detached")),
         lane_index=lane_index,
+        keeper=keeper,
     )
     if handshake:
         try:

@@ -33,6 +33,7 @@ from hpc_ray.exceptions import LaunchError
 from hpc_ray.ids import FORK_SERVER_LANE, GCS_ADDRESS, raylet_address
 from hpc_ray.launcher import channel, mpi_files, session
 from hpc_ray.protocol import (
+    ENDED_BY_MPIRUN,
     FollowLogs,
     KillProcess,
     LogLines,
@@ -106,6 +107,7 @@ class Client:
         self.pid = pid
         self.address = 0
         self.kind = int(ProcessKind.DRIVER)
+        self.keeper = -1  # a rank's: the pipe through which it tells how the rank has ended
 
 
 class ForkServer:
@@ -534,29 +536,47 @@ class ForkServer:
 
     def _on_client(self, fd: int) -> None:
         client = self._clients[fd]
+        descriptors: list[int] = []
         try:
-            note, _ = channel.receive_note(client.connection)
+            note, descriptors = channel.receive_note(client.connection)
         except (OSError, ValueError):
             note = None
-        if note is None:
-            self._unwatch(fd)
-            del self._clients[fd]
-            client.connection.close()
-            if client.kind == ProcessKind.RANK:
-                self._look_at = min(self._look_at, time.monotonic() + _GONE_S)
-            if client.address:
-                for followers in self._followers.values():
-                    followers.discard(client.address)
-                self._tell_raylet(ProcessExited(client.pid, 0, client.kind, client.address))
+        if note is None and client.keeper >= 0:
+            self._unwatch(fd)  # the keeper has the word
+        elif note is None:
+            self._on_client_gone(fd, 0)
         elif "address" in note:
             client.address = int(note["address"])
             client.kind = int(note.get("kind", ProcessKind.DRIVER))
+            if descriptors:
+                client.keeper = descriptors[0]
+                self._watch(client.keeper, lambda: self._on_keeper(fd))
         elif "remove" in note:  # the link: what MPI has put into shared memory
             self._link = client.connection
             self._files = [str(path) for path in note["remove"]]
             session.note_leader(self.lock, os.getpid(), self._files, self.config.spill_dir)
         elif "stop" in note:
             self.end(str(note["stop"]))
+
+    def _on_keeper(self, fd: int) -> None:
+        """A rank has ended, and its keeper says how; or says nothing, as it was mpirun that ended both."""
+        keeper = self._clients[fd].keeper
+        word = os.read(keeper, 16)
+        self._unwatch(keeper)
+        os.close(keeper)
+        self._on_client_gone(fd, int(word) if word else ENDED_BY_MPIRUN)
+
+    def _on_client_gone(self, fd: int, status: int) -> None:
+        """``status``: of waitpid, where that is known."""
+        self._unwatch(fd)
+        client = self._clients.pop(fd)
+        client.connection.close()
+        if client.kind == ProcessKind.RANK:
+            self._look_at = min(self._look_at, time.monotonic() + _GONE_S)
+        if client.address:
+            for followers in self._followers.values():
+                followers.discard(client.address)
+            self._tell_raylet(ProcessExited(client.pid, status, client.kind, client.address))
 
     # -- the end
 
