@@ -226,6 +226,8 @@ class Rank:
     def roles(self) -> None:
         """Everybody learns who leads a node; node ``i`` is led by ``self.leaders[i]``."""
         self.ranks: list[dict[str, Any]] = self.world.allgather({**facts(self.place.local_rank), "reach": self.reach})
+        if self.place.launcher == world.HYDRA and self.place.local_rank == 0:
+            mpi_files.remove_topology()  # all have been through MPI_Init
         self.reach = self.ranks[0]["reach"] | self.reach
         for key, name in (("build", "hpc_ray"), ("protocol", "the protocol of hpc_ray"), ("python", "Python")):
             versions: dict[str, list[int]] = {}
