@@ -124,10 +124,14 @@ class Attachment:
         with self._mutex:
             if self._closing:
                 return
-            self.node_death = text or "the node process of this host was killed"
+            self.node_death = self.explain(text or "the node process of this host was killed")
             callback = self._callback
         if callback is not None:
             callback(self.node_death)
+
+    def explain(self, text: str) -> str:
+        """Why the cluster has ended, which is said to be ``text``: of what lives for us, somebody may have been killed."""
+        return (self._owned.death() if self._owned is not None else "") or text
 
     @property
     def on_node_death(self) -> Callable[[str], None] | None:

@@ -9,7 +9,8 @@ is killed when the worker dies; orphans are adopted (subreaper) and killed with 
 end everything that is left below this process is killed.
 FORK-2 (output is kept): a pipe is read until its end, also after its writer's death.
 FORK-3 (reaped before told): ProcessExited is sent after waitpid, so the raylet may reclaim what the process held.
-FORK-4 (lifetime): the node ends when the control channel closes or its holder dies, unless it was started detached.
+FORK-4 (lifetime): the node ends when its holder says so, or without a word closes the control channel or dies, unless it was started
+detached.
 """
 
 from __future__ import annotations
@@ -145,6 +146,7 @@ class ForkServer:
         self._code: int | None = None  # exit code, once the end has begun
         self._deadline = 0.0
         self._pidfd = -1
+        self._holder = 0  # pid
         self._link: socket.socket | None = None
         self._files: list[str] = []  # outside of our folder, to be removed at the end
 
@@ -187,9 +189,9 @@ class ForkServer:
         assert self.control is not None
         self._watch(self.control.fileno(), self._on_control)
         if not self.detached:
-            pid, _ = channel.peer_user(self.control)
+            self._holder, _ = channel.peer_user(self.control)
             try:
-                self._pidfd = os.pidfd_open(pid)
+                self._pidfd = os.pidfd_open(self._holder)
                 self._watch(self._pidfd, self._on_holder_gone)
             except OSError as error:
                 if error.errno == errno.ESRCH:
@@ -594,11 +596,15 @@ class ForkServer:
         self.control.close()
         self.control = None
         if not self.detached:
-            self.end("whoever started this node has closed it")
+            self.end(self._holder_text())
 
     def _on_holder_gone(self) -> None:
         self._unwatch(self._pidfd)
-        self.end("whoever started this node is gone")
+        self.end(self._holder_text())
+
+    def _holder_text(self) -> str:
+        who = f"the link of node {self.config.node}" if self.config.has_link else "the program that started this node"
+        return f"{who} has died (pid {self._holder} on {self.config.hostname})"
 
     def end(self, reason: str) -> None:
         """In order: roles are asked to leave and have ``kill_on_exit_s`` for it."""

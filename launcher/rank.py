@@ -254,7 +254,7 @@ class Rank:
 
     def start_node(self) -> Attachment | None:
         """Brings this rank's node up, if it leads one."""
-        name = self.world.bcast(session.new_name(self.plan["tag"]) if self.place.rank == 0 else None)
+        name = self.world.bcast(self.plan["session"])
         self.session = name
         self.unbind()
         if not 0 <= self.node < self.nodes:
@@ -475,7 +475,7 @@ class Rank:
                 pass
         elif self.place.rank == 0 and self.plan["report"] and not self.reported:  # it is on another host
             self.reported = True
-            os.write(2, relay.last_words(self.plan["tag"], code, self.lost))
+            os.write(2, relay.last_words(self.plan["session"], code, self.lost))
 
     def _finalize(self, code: int) -> None:
         self.send_report(code)
