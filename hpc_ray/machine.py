@@ -21,6 +21,7 @@ from typing import Any, ClassVar, TypeVar
 import msgspec
 
 from hpc_ray.exceptions import IllegalTransition
+from hpc_ray.protocol import ENDED_BY_MPIRUN
 
 # ------------------------------------------------------------------ actions and events
 
@@ -232,7 +233,9 @@ class Machine:
 
 
 def death_text(status: int) -> tuple[str, str]:
-    """Kind and text of a DeathCause from a status of ``waitpid``."""
+    """Kind and text of a DeathCause from the status of a ProcessExited."""
+    if status == ENDED_BY_MPIRUN:
+        return "KILLED", "its mpirun has ended it"
     number = status & 0x7F
     if number:
         return "CRASHED", f"killed by {_signal_name(number)}"

@@ -1002,8 +1002,12 @@ class KillProcess(Message, tag=92):
     signal: int
 
 
+ENDED_BY_MPIRUN = -1  # a status
+
+
 class ProcessExited(Message, tag=93):
-    """fork server → raylet: reaped (``status`` as of waitpid), or a driver's connection closed (kind DRIVER, address)."""
+    """fork server → raylet: a worker was reaped (``status`` as of waitpid), or somebody who attached is gone (address and kind; the status
+    of a rank, or ENDED_BY_MPIRUN; for others 0)."""
 
     pid: int
     status: int

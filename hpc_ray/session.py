@@ -373,6 +373,9 @@ def _connect(attachment: Any, namespace: str | None, job: JobConfig, log_to_driv
     client = Client(attachment.segment, attachment.lane, config, ProcessKind.DRIVER, attachment.worker_id, os.getpid())
     client.adopt(attachment.welcome, attachment.early)
     attachment.on_node_death = lambda text: client.fail(LocalRayletDiedError(f"the session is over: {text}"))
+    client.on_shutdown = lambda message: client.fail(
+        LocalRayletDiedError(f"the session was shut down: {attachment.explain(message.reason)}")
+    )
     name = namespace or str(uuid.uuid4())
     try:
         environment = _register_job(client, name, job)
@@ -483,7 +486,7 @@ def shutdown(*, wait_for_processes: bool = False, _exiting_interpreter: bool = F
         _attachment = None
         if attachment is None:
             return  # a worker: its process ends by itself
-        attachment.on_node_death = None
+        attachment.on_node_death = client.on_shutdown = None
         client.interrupts.remove()
         if client.broken is None:
             _show_last_lines(client)

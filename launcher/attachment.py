@@ -45,7 +45,9 @@ class Attachment:
         owned: Any = None,
         detached: bool = False,
         lane_index: int = -1,
+        keeper: int = -1,
     ):
+        """``keeper``: a pipe that tells the node how this process ends (``worker.rank``)."""
         self.connection = connection
         self.segment = segment
         self.config = config
@@ -63,7 +65,8 @@ class Attachment:
         channel.let_go_in_forks(connection)
         self.lane = segment.open_lane(lane_index)
         try:
-            channel.send_note(connection, {"address": self.lane.address, "pid": os.getpid(), "kind": int(kind)})
+            note = {"address": self.lane.address, "pid": os.getpid(), "kind": int(kind)}
+            channel.send_note(connection, note, (keeper,) if keeper >= 0 else ())
         except OSError:
             pass  # the node has just died; whoever reads the connection next finds why
 
@@ -121,10 +124,14 @@ class Attachment:
         with self._mutex:
             if self._closing:
                 return
-            self.node_death = text or "the node process of this host was killed"
+            self.node_death = self.explain(text or "the node process of this host was killed")
             callback = self._callback
         if callback is not None:
             callback(self.node_death)
+
+    def explain(self, text: str) -> str:
+        """Why the cluster has ended, which is said to be ``text``: of what lives for us, somebody may have been killed."""
+        return (self._owned.death() if self._owned is not None else "") or text
 
     @property
     def on_node_death(self) -> Callable[[str], None] | None:
@@ -191,6 +198,7 @@ def connect(
     lane_index: int = -1,
     handshake: bool = True,
     build: str = "",
+    keeper: int = -1,
 ) -> Attachment:
     """Attaches to a node of this host.
 
@@ -228,6 +236,7 @@ def connect(
         owned=owned,
         detached=bool(note.get("detached")),
         lane_index=lane_index,
+        keeper=keeper,
     )
     if handshake:
         try:

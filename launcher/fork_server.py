@@ -9,7 +9,8 @@ is killed when the worker dies; orphans are adopted (subreaper) and killed with 
 end everything that is left below this process is killed.
 FORK-2 (output is kept): a pipe is read until its end, also after its writer's death.
 FORK-3 (reaped before told): ProcessExited is sent after waitpid, so the raylet may reclaim what the process held.
-FORK-4 (lifetime): the node ends when the control channel closes or its holder dies, unless it was started detached.
+FORK-4 (lifetime): the node ends when its holder says so, or without a word closes the control channel or dies, unless it was started
+detached.
 """
 
 from __future__ import annotations
@@ -33,6 +34,7 @@ from hpc_ray.exceptions import LaunchError
 from hpc_ray.ids import FORK_SERVER_LANE, GCS_ADDRESS, raylet_address
 from hpc_ray.launcher import channel, mpi_files, session
 from hpc_ray.protocol import (
+    ENDED_BY_MPIRUN,
     FollowLogs,
     KillProcess,
     LogLines,
@@ -106,6 +108,7 @@ class Client:
         self.pid = pid
         self.address = 0
         self.kind = int(ProcessKind.DRIVER)
+        self.keeper = -1  # a rank's: the pipe through which it tells how the rank has ended
 
 
 class ForkServer:
@@ -143,6 +146,7 @@ class ForkServer:
         self._code: int | None = None  # exit code, once the end has begun
         self._deadline = 0.0
         self._pidfd = -1
+        self._holder = 0  # pid
         self._link: socket.socket | None = None
         self._files: list[str] = []  # outside of our folder, to be removed at the end
 
@@ -185,9 +189,9 @@ class ForkServer:
         assert self.control is not None
         self._watch(self.control.fileno(), self._on_control)
         if not self.detached:
-            pid, _ = channel.peer_user(self.control)
+            self._holder, _ = channel.peer_user(self.control)
             try:
-                self._pidfd = os.pidfd_open(pid)
+                self._pidfd = os.pidfd_open(self._holder)
                 self._watch(self._pidfd, self._on_holder_gone)
             except OSError as error:
                 if error.errno == errno.ESRCH:
@@ -466,6 +470,8 @@ class ForkServer:
         """The driver gets what has been printed so far, then LogLines without lines."""
         for output in list(self._outputs.values()):
             self._on_output(output)
+            if output.splitter.job_id == message.job_id:  # a line without an end is one, as nobody will see the rest
+                self._take(output, b"", end=True)
         followers.discard(message.driver)
         self.lane.send(message.driver, encode(LogLines(0, "", self.config.ip, message.job_id, False, [])))
 
@@ -478,15 +484,19 @@ class ForkServer:
                 return
             except OSError:
                 data = b""
-            cleaned, groups = output.splitter.feed(data, end=not data)
-            output.write(cleaned)
-            for name, job_id, lines in groups:
-                self._forward(output, name, job_id, lines)
+            self._take(output, data, end=not data)
             if not data:
                 self._unwatch(output.pipe)
                 self._outputs.pop(output.pipe, None)
                 output.close()
                 return
+
+    def _take(self, output: Output, data: bytes, *, end: bool) -> None:
+        """What was printed, to the log and to those who follow. ``end``: also a line that has none."""
+        cleaned, groups = output.splitter.feed(data, end=end)
+        output.write(cleaned)
+        for name, job_id, lines in groups:
+            self._forward(output, name, job_id, lines)
 
     def _pause_outputs(self, pause: bool) -> None:
         """Workers whose pipes are full wait in their prints."""
@@ -528,29 +538,47 @@ class ForkServer:
 
     def _on_client(self, fd: int) -> None:
         client = self._clients[fd]
+        descriptors: list[int] = []
         try:
-            note, _ = channel.receive_note(client.connection)
+            note, descriptors = channel.receive_note(client.connection)
         except (OSError, ValueError):
             note = None
-        if note is None:
-            self._unwatch(fd)
-            del self._clients[fd]
-            client.connection.close()
-            if client.kind == ProcessKind.RANK:
-                self._look_at = min(self._look_at, time.monotonic() + _GONE_S)
-            if client.address:
-                for followers in self._followers.values():
-                    followers.discard(client.address)
-                self._tell_raylet(ProcessExited(client.pid, 0, client.kind, client.address))
+        if note is None and client.keeper >= 0:
+            self._unwatch(fd)  # the keeper has the word
+        elif note is None:
+            self._on_client_gone(fd, 0)
         elif "address" in note:
             client.address = int(note["address"])
             client.kind = int(note.get("kind", ProcessKind.DRIVER))
+            if descriptors:
+                client.keeper = descriptors[0]
+                self._watch(client.keeper, lambda: self._on_keeper(fd))
         elif "remove" in note:  # the link: what MPI has put into shared memory
             self._link = client.connection
             self._files = [str(path) for path in note["remove"]]
             session.note_leader(self.lock, os.getpid(), self._files, self.config.spill_dir)
         elif "stop" in note:
             self.end(str(note["stop"]))
+
+    def _on_keeper(self, fd: int) -> None:
+        """A rank has ended, and its keeper says how; or says nothing, as it was mpirun that ended both."""
+        keeper = self._clients[fd].keeper
+        word = os.read(keeper, 16)
+        self._unwatch(keeper)
+        os.close(keeper)
+        self._on_client_gone(fd, int(word) if word else ENDED_BY_MPIRUN)
+
+    def _on_client_gone(self, fd: int, status: int) -> None:
+        """``status``: of waitpid, where that is known."""
+        self._unwatch(fd)
+        client = self._clients.pop(fd)
+        client.connection.close()
+        if client.kind == ProcessKind.RANK:
+            self._look_at = min(self._look_at, time.monotonic() + _GONE_S)
+        if client.address:
+            for followers in self._followers.values():
+                followers.discard(client.address)
+            self._tell_raylet(ProcessExited(client.pid, status, client.kind, client.address))
 
     # -- the end
 
@@ -568,11 +596,15 @@ class ForkServer:
         self.control.close()
         self.control = None
         if not self.detached:
-            self.end("whoever started this node has closed it")
+            self.end(self._holder_text())
 
     def _on_holder_gone(self) -> None:
         self._unwatch(self._pidfd)
-        self.end("whoever started this node is gone")
+        self.end(self._holder_text())
+
+    def _holder_text(self) -> str:
+        who = f"the link of node {self.config.node}" if self.config.has_link else "the program that started this node"
+        return f"{who} has died (pid {self._holder} on {self.config.hostname})"
 
     def end(self, reason: str) -> None:
         """In order: roles are asked to leave and have ``kill_on_exit_s`` for it."""

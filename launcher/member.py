@@ -93,7 +93,7 @@ class Member(rank_module.Rank):
     def lead(self) -> Head:
         self.members: dict[int, dict[str, Any]] = {0: self.facts}
         self.node, self.nodes = 0, self.plan["world"]
-        self.session = session.new_name(self.plan["tag"])
+        self.session = self.plan["session"]
         self.secret = bytes.fromhex(self.plan["secret"] or secrets.token_hex(tcp.SECRET_BYTES))
         own = self.settings.network_interface
         if own:

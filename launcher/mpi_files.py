@@ -13,10 +13,11 @@ import stat
 from collections.abc import Callable, Iterable, Iterator
 
 SHARED_MEMORY = "/dev/shm/"
+_TOPOLOGY = "/tmp/hydra_hwloc_xmlfile_"
 # How their names begin, by folder.
 _KINDS = {
     SHARED_MEMORY: ("sm_segment.", "vader_segment.", "open_mpi.", "mpich_shm_", "ucx_shm_"),
-    "/tmp/": ("hydra_hwloc_xmlfile_",),
+    os.path.dirname(_TOPOLOGY): (os.path.basename(_TOPOLOGY),),
 }
 
 
@@ -32,6 +33,24 @@ def of_rank(rank: int, *, everything: bool) -> list[str]:
     """Files that MPI has mapped here: those of our rank (Open MPI ends their names with it), or ``everything``, for a rank without which
     there is no world."""
     return sorted(path for path in _mapped_by("self") if everything or path.endswith(f".{rank}"))
+
+
+def remove_topology() -> None:
+    """That of the launcher that has started us: its ranks on this host open it in MPI_Init, all of which must be over. The launcher would
+    remove it, but not when it is killed."""
+    pid = os.getpid()
+    while pid > 1:
+        try:
+            with open(f"/proc/{pid}/stat") as file:
+                pid = int(file.read().rpartition(")")[2].split()[1])
+        except OSError:
+            return  # it is gone, and we soon after it
+        found = [path for path in _opened_by(pid) if path.startswith(_TOPOLOGY)]
+        if found:
+            for path in found:
+                with contextlib.suppress(OSError):
+                    os.unlink(path)
+            return
 
 
 class Leftovers:

@@ -203,6 +203,10 @@ class NodeProcess:
         text = os.pread(self._errors, 4000, max(0, size - 4000)).decode("utf-8", "replace").strip()
         return f"\nIt printed:\n{text}" if text else ""
 
+    def death(self) -> str:
+        """How it was killed, where it was."""
+        return session.death_text("the node process", self.process)
+
     def end(self, reason: str) -> None:
         """Begins its end in order; its drivers hear the reason."""
         try:
@@ -213,7 +217,7 @@ class NodeProcess:
 
     def close(self, timeout_s: float = 10.0) -> int | None:
         """Ends the node in order and waits for it; its exit code."""
-        self.control.close()
+        self.end("whoever started this node has closed it")
         try:
             code: int | None = self.process.wait(timeout_s)
         except subprocess.TimeoutExpired:

@@ -226,6 +226,8 @@ class Rank:
     def roles(self) -> None:
         """Everybody learns who leads a node; node ``i`` is led by ``self.leaders[i]``."""
         self.ranks: list[dict[str, Any]] = self.world.allgather({**facts(self.place.local_rank), "reach": self.reach})
+        if self.place.launcher == world.HYDRA and self.place.local_rank == 0:
+            mpi_files.remove_topology()  # all have been through MPI_Init
         self.reach = self.ranks[0]["reach"] | self.reach
         for key, name in (("build", "hpc_ray"), ("protocol", "the protocol of hpc_ray"), ("python", "Python")):
             versions: dict[str, list[int]] = {}
@@ -252,7 +254,7 @@ class Rank:
 
     def start_node(self) -> Attachment | None:
         """Brings this rank's node up, if it leads one."""
-        name = self.world.bcast(session.new_name(self.plan["tag"]) if self.place.rank == 0 else None)
+        name = self.world.bcast(self.plan["session"])
         self.session = name
         self.unbind()
         if not 0 <= self.node < self.nodes:
@@ -473,7 +475,7 @@ class Rank:
                 pass
         elif self.place.rank == 0 and self.plan["report"] and not self.reported:  # it is on another host
             self.reported = True
-            os.write(2, relay.last_words(self.plan["tag"], code, self.lost))
+            os.write(2, relay.last_words(self.plan["session"], code, self.lost))
 
     def _finalize(self, code: int) -> None:
         self.send_report(code)

@@ -21,7 +21,7 @@ def say(text: str) -> None:
 
 
 def last_words(tag: str, code: int, lost: str) -> bytes:
-    """The line by which rank 0 says the script's exit code, and what the session was lost with; ``tag`` is the world's."""
+    """The line by which rank 0 says the script's exit code, and what the session was lost with; ``tag`` is the session's name."""
     return _START + f"{tag}:{code}:{' '.join(lost.split())}\n".encode()
 
 

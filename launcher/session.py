@@ -17,6 +17,7 @@ import secrets
 import shutil
 import signal
 import stat
+import subprocess
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 
@@ -43,8 +44,10 @@ _KEPT = ("OMPI_ALLOW_RUN_AS_ROOT", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM", *REACH)
 _MOMENT = "session_%Y-%m-%d_%H-%M-%S"  # how the names of sessions begin
 _MOMENT_ENDS = len("session_2026-01-31_23-59-59")
 _GRACE_S = 60.0
+_STARTING_S = 3600.0  # for the first node of a session to be there, after its launcher
+_INSTANT_S = 0.2  # between a parent's end and that of a child which is killed with it
 _KILL_S = 5.0  # for killed processes to be gone, on a busy host
-STEPS = "steps"  # beside the nodes' folders: what MPI launchers keep on hosts where their step has ranks
+_LAUNCHERS = "launchers"  # beside the nodes' folders: what MPI launchers keep of the session itself, and of steps on other hosts
 _RANK_VARIABLES = (b"OMPI_COMM_WORLD_RANK", b"PMIX_RANK", b"PMI_RANK")  # in the environment of what an MPI launcher starts
 
 
@@ -59,14 +62,14 @@ def scrubbed_environment(environment: dict[str, str] | None = None) -> dict[str,
     return source
 
 
-def new_name(tag: str = "") -> str:
-    """Sorts by time; unique: uid is in the folder and socket name, job and step are here. ``tag``: the random part."""
+def new_name() -> str:
+    """Sorts by time; unique: uid is in the folder and socket name, job and step are here."""
     job = os.environ.get("SLURM_JOB_ID", "")
     step = os.environ.get("SLURM_STEP_ID", "")
     where = f"_job{job}.{step}" if job else ""
     now = time.time()
     moment = time.strftime(_MOMENT, time.localtime(now))
-    return f"{moment}_{int(now % 1 * 1e6):06d}{where}_{tag or secrets.token_hex(4)}"
+    return f"{moment}_{int(now % 1 * 1e6):06d}{where}_{secrets.token_hex(4)}"
 
 
 def base_dir() -> str:
@@ -121,12 +124,29 @@ def make_dir(session: str, node: int) -> tuple[str, int]:
     raise LaunchError(f"cannot make the session folder {path}")
 
 
+def launchers_dir(session: str) -> str:
+    """What MPI launchers keep for a session's ranks on a host. They make it; the host's last node removes what they leave."""
+    return os.path.join(base_dir(), session, _LAUNCHERS)
+
+
+def remove_launchers(session: str) -> None:
+    """What they have left on this host, once they have ended."""
+    remove_dir(launchers_dir(session))
+
+
+def launcher_variables(folder: str) -> dict[str, str]:
+    """That have Open MPI's launcher, of version 5 and of 4, keep its files there."""
+    return dict.fromkeys(("PRTE_MCA_prte_tmpdir_base", "OMPI_MCA_orte_tmpdir_base"), folder)
+
+
 def remove_dir(path: str) -> None:
-    """A folder of a node, and the folders above it that are empty then (SESSION-2)."""
+    """A folder in a session's, and the folders above it that are empty then (SESSION-2)."""
     shutil.rmtree(path, ignore_errors=True)
     for parent in (os.path.dirname(path), os.path.dirname(os.path.dirname(path))):
         try:
             os.rmdir(parent)
+        except FileNotFoundError:
+            continue
         except OSError:
             break
 
@@ -135,16 +155,21 @@ def remove_node(path: str, since: float) -> None:
     """A node's session folder, and with the last one on this host what job steps have here, which began after ``since``."""
     shutil.rmtree(path, ignore_errors=True)
     above = os.path.dirname(path)
-    if not any(name.startswith("node-") for name in _entries(above)):
+    if not _nodes(above):
         _kill(lambda: _ranks(os.path.basename(above)))
         mpi_files.Leftovers(since).remove()
-        shutil.rmtree(os.path.join(above, STEPS), ignore_errors=True)
+        shutil.rmtree(os.path.join(above, _LAUNCHERS), ignore_errors=True)
     remove_dir(path)
 
 
-def has_folder(base: str, tag: str) -> bool:
-    """Whether a session whose name ends so has nodes on this host, be it at their end. ``base``: of ``base_dir``."""
-    return any(name.endswith(tag) and _entries(os.path.join(base, name)) for name in _entries(base))
+def has_nodes(session: str) -> bool:
+    """Whether it has some on this host, be it at their end."""
+    return bool(_nodes(os.path.join(base_dir(), session)))
+
+
+def _nodes(path: str) -> list[str]:
+    """The nodes' folders in a session's."""
+    return [name for name in _entries(path) if name.startswith("node-")]
 
 
 def sweep() -> list[str]:
@@ -153,7 +178,7 @@ def sweep() -> list[str]:
     since = time.time()
     base = base_dir()
     for session in _entries(base):
-        for node in _entries(os.path.join(base, session)):
+        for node in _nodes(os.path.join(base, session)):
             path = os.path.join(base, session, node)
             if _is_stale(path):
                 since = min(since, _named_at(session))
@@ -171,9 +196,13 @@ def sweep() -> list[str]:
                     remove_dir(note["folder"])
                 remove_node(path, _named_at(session))
                 removed.append(session)
+        path = os.path.join(base, session)
         try:
-            if time.time() - os.stat(os.path.join(base, session)).st_mtime > _GRACE_S:
-                os.rmdir(os.path.join(base, session))
+            age_s = time.time() - os.stat(path).st_mtime
+            if age_s > _STARTING_S and not _nodes(path):
+                shutil.rmtree(path, ignore_errors=True)
+            elif age_s > _GRACE_S:
+                os.rmdir(path)
         except OSError:
             pass
     try:
@@ -337,6 +366,15 @@ def _kill(look: Callable[[], list[int]]) -> int:
                 pass
         time.sleep(0.01)
     return len(killed)
+
+
+def death_text(name: str, process: subprocess.Popen[bytes]) -> str:
+    """Which signal has killed a child of ours; "" where none has, also not within an instant."""
+    try:
+        code = process.wait(_INSTANT_S)
+    except subprocess.TimeoutExpired:
+        return ""
+    return f"{name} was killed by {signal.Signals(-code).name} (pid {process.pid})" if code < 0 else ""
 
 
 def of_our_job(names: Iterable[str], environment: Mapping[str, str] | None = None) -> list[str]:

@@ -62,14 +62,12 @@ def start(
         passed = (session.SESSION_VARIABLE, "SPT_NOENV", *variables)
         if program and mpirun.family == "openmpi":
             command = [*_LASTING, *command]
-        folder = os.path.join(os.path.dirname(folder), session.STEPS)
+        folder = session.launchers_dir(config.session)
     if mpirun.family == "openmpi" and (sharing or config.resources.get("CPU", 0) > host.cpu_count()):
         environment = world.SHARED_CPU_SETTINGS | environment
     environment[session.SESSION_VARIABLE] = config.session
     environment[session.NODE_VARIABLE] = str(config.node)
-    for name in ("PRTE_MCA_prte_tmpdir_base", "OMPI_MCA_orte_tmpdir_base"):  # of Open MPI 5 and 4
-        environment[name] = folder  # what it leaves there when it is killed goes with the session
-    environment.update(variables)
+    environment |= session.launcher_variables(folder) | variables
     line = world.mpirun_command(mpirun, len(hosts), command, extra, passed=passed, tolerant=not program)
     try:
         return subprocess.Popen(line, env=environment, stdin=subprocess.DEVNULL, **options)

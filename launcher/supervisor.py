@@ -14,11 +14,9 @@ import contextlib
 import json
 import os
 import shlex
-import shutil
 import signal
 import socket
 import subprocess
-import tempfile
 import time
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -96,7 +94,8 @@ def supervise(command: list[str], plan: dict[str, Any], more: dict[str, str] | N
     """Runs mpirun, or the head of a cluster over TCP, to its end. Blocks. ``more``: of the environment."""
     listener, plan["report"] = world.listen()
     listener.setblocking(False)
-    variables = world.under_root({**os.environ, **(more or {})})
+    kept = session.launcher_variables(session.launchers_dir(plan["session"]))
+    variables = world.under_root({**os.environ, **kept, **(more or {})})
     variables[world.PLAN_VARIABLE] = json.dumps(plan)
     parent = os.getpid()
 
@@ -119,7 +118,7 @@ def supervise(command: list[str], plan: dict[str, Any], more: dict[str, str] | N
         preexec_fn=before_exec,  # noqa: PLW1509  this program has no threads
     )
     os.close(theirs)
-    errors = relay.Relay(ours, 2, plan["tag"])
+    errors = relay.Relay(ours, 2, plan["session"])
     report: socket.socket | None = None
     note: dict[str, Any] | None = None  # rank 0's
     ended = False  # rank 0 has
@@ -163,7 +162,8 @@ def supervise(command: list[str], plan: dict[str, Any], more: dict[str, str] | N
     errors.close()
     if command != world.MEMBER_COMMAND:  # the head's agents end with it (MEMBER-3), and its other child is the node, which ends in order
         _clear_after(child, started)
-    _wait_for_nodes(plan)
+    _wait_for_nodes(plan["session"])
+    session.remove_launchers(plan["session"])
     listener.close()
     if stopped:
         return Outcome(128 + stopped[0])
@@ -182,19 +182,17 @@ def _children(child: subprocess.Popen[bytes]) -> dict[int, int]:
 
 
 def _clear_after(child: subprocess.Popen[bytes], started: dict[int, int]) -> None:
-    """What an mpirun leaves when a host is lost: agents, which wait for an answer of it (by pid and start), and its own folder."""
+    """What an mpirun leaves when a host is lost: agents, which wait for an answer of it (by pid and start)."""
     for pid, start in started.items():
         if start and session.process_start(pid) == start:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
-    shutil.rmtree(os.path.join(tempfile.gettempdir(), f"ompi.{child.pid}"), ignore_errors=True)
 
 
-def _wait_for_nodes(plan: dict[str, Any]) -> None:
+def _wait_for_nodes(name: str) -> None:
     """Nodes on this host end with their links and take their folders away; what one leaves that is killed is swept."""
     deadline = time.monotonic() + _END_S
-    base = session.base_dir()
     session.sweep()
-    while session.has_folder(base, plan["tag"]) and time.monotonic() < deadline:
+    while session.has_nodes(name) and time.monotonic() < deadline:
         time.sleep(0.02)
         session.sweep()

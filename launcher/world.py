@@ -147,7 +147,7 @@ def make_plan(
         "standby": standby,
         "detached": detached,
         "host": socket.gethostname(),
-        "tag": secrets.token_hex(4),  # ends the session's name
+        "session": session.new_name(),  # rank 0's counts
     }
 
 
@@ -360,9 +360,10 @@ def check_ranks(ranks: int) -> None:
 class World:
     """A world that lives for this process: the control channel of rank 0's link, and the child that leads to it."""
 
-    def __init__(self, control: socket.socket, child: subprocess.Popen[bytes] | None):
+    def __init__(self, control: socket.socket, child: subprocess.Popen[bytes] | None, name: str = ""):
         self.control = control
         self.child = child
+        self.name = name  # of the child, for people
         self.session = ""
         self.note: dict[str, Any] = {}  # with which it has come up
         self._requests = 0
@@ -410,6 +411,10 @@ class World:
         if note.get("error"):
             raise LaunchError(note["error"])
         return note
+
+    def death(self) -> str:
+        """How the child was killed, where it was."""
+        return session.death_text(self.name, self.child) if self.child is not None else ""
 
     def let_go(self) -> None:
         """Forgets it: it was started to go on without us."""
@@ -497,7 +502,7 @@ def start_member(plan: dict[str, Any], timeout_s: float) -> World:
 def _start_world(command: list[str], plan: dict[str, Any], timeout_s: float) -> World:
     """Raises LaunchError, with what was printed."""
     listener, plan["control"] = listen()
-    variables = own_host_environment()
+    variables = own_host_environment() | session.launcher_variables(session.launchers_dir(plan["session"]))
     variables[PLAN_VARIABLE] = json.dumps(plan)
     errors = os.memfd_create("hpc_ray-printed")
     child = subprocess.Popen(
@@ -519,12 +524,15 @@ def _start_world(command: list[str], plan: dict[str, Any], timeout_s: float) -> 
         if control is None:
             end_process(child, 1.0)
             raise LaunchError(f"{command[0]} did not bring up the nodes{printed()}")
-        world = World(control, child)
+        world = World(control, child, "the head's link" if command == MEMBER_COMMAND else os.path.basename(command[0]))
         try:
             world.wait_ready(timeout_s)
         except LaunchError as error:
             raise LaunchError(f"{error}{printed()}") from None
         return world
+    except BaseException:
+        session.remove_launchers(plan["session"])
+        raise
     finally:
         listener.close()
         os.close(errors)

@@ -38,6 +38,7 @@ from hpc_ray.protocol import (
     ActorCreated,
     Answer,
     ArenaRoom,
+    DeathCause,
     ExportFunction,
     JobRegistered,
     LogLines,
@@ -119,7 +120,7 @@ class Client:
         self.inboxes: dict[bytes, Callable[[Values], None]] = {}  # of graphs and groups; called under the lock
         self.mourners: list[Callable[[Callable[[int], bool]], None]] = []  # told of deaths, under the lock
         self.interrupts = Interrupts(self)
-        self.dead: set[int] = set()  # processes that are known to be gone
+        self.dead: dict[int, DeathCause] = {}  # processes that are known to be gone
         self.dead_nodes: set[int] = set()
         self.records = Records(self)
         self.objects = ObjectTable(self)
@@ -515,7 +516,7 @@ class Client:
     def _on_process_died(self, source: int, message: ProcessDied) -> None:
         address = message.address
         self.hear_last_words(address)
-        self.dead.add(address)
+        self.dead[address] = message.cause
         self._exported.pop(address, None)
         self.objects.on_process_died(address)
         self.actors.on_process_died(address)

@@ -58,7 +58,7 @@ from hpc_ray.serialize import NO_ARGUMENTS
 from hpc_ray.worker.gangs import Gangs
 from hpc_ray.worker.graphs import Graph, Graphs
 from hpc_ray.worker.hosting import ActorHost
-from hpc_ray.worker.output import set_job, set_task_name
+from hpc_ray.worker.output import set_job, set_task_name, show_unfinished
 from hpc_ray.worker.results import Results
 
 FETCH_AHEAD = 4  # of so many queued tasks the arguments are brought to this node before their turn
@@ -485,6 +485,7 @@ class Executor:
         self, source: int, task: PushTask, results: list[Result], loans: list[Entry], nanoseconds: int, retryable: bool
     ) -> None:
         client = self.client
+        show_unfinished()
         retiring = False
         if task.extras:
             limit = self.extras(task.extras).get("max_calls", 0)

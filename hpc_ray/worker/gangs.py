@@ -7,7 +7,7 @@ attaches to the node that its resources are on, as a process like others: it and
 links, and arguments and results never go through the leader's heap on the way in.
 
 GANG-1 (answered): each rank's call is answered by its reply or by its end; the first failure is the gang's. That another rank has ended,
-as MPI tells a rank, is no failure yet: the news of that end follows, with who it was.
+as MPI tells a rank, is no failure yet, nor is it that mpirun has ended one: the news of the failure follows, with who it was.
 GANG-2 (clean): the ranks of a step serve another task only if all of them have returned from this one; after any failure, the
 leader ends the step, and the next task gets a new one.
 GANG-3 (a failure is not waited for): when a rank of a task has failed, the others are interrupted, and have ``gang_grace_s`` to come back.
@@ -22,6 +22,7 @@ import contextlib
 import itertools
 import json
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -145,8 +146,17 @@ class Step:
 
     def on_death(self, is_dead: Any) -> None:
         """Called with the deaths of processes."""
-        if any(map(is_dead, self.present)):
-            self._refuse("a rank ended while it started; see what it printed")
+        for address in filter(is_dead, self.present):
+            self._refuse(f"a rank ended while it started: {self.death_text(address)}; see what it printed")
+
+    def death_text(self, address: int) -> str:
+        cause = self.client.dead.get(address)
+        return cause.text if cause is not None else "its node is gone"
+
+    def was_ended(self, address: int) -> bool:
+        """Whether a rank that is gone was ended by mpirun, for another one's sake."""
+        cause = self.client.dead.get(address)
+        return cause is not None and cause.kind == "KILLED"
 
     def _refuse(self, error: str) -> None:
         self.error = self.error or error
@@ -201,7 +211,7 @@ class Call:
         self.waiter = Waiter(step.size)  # done when all have answered, or one has failed
         self.settled = Waiter(step.size)  # done when all have answered
         self.failure: RayError | None = None
-        self.hearsay: RayError | None = None  # a rank's word that another one has failed
+        self.hearsay: RayError | None = None  # no more than that some other rank has failed
         self.tasks: list[Task] = []
         self.references: list[ObjectRef] = []
 
@@ -213,16 +223,18 @@ class Call:
     def finish(self, task: Task, error: BaseException | None) -> None:
         """A rank's part is over."""
         del self.client.tasks.tasks[task.id]
-        if error is not None and self.failure is None and not task.cancelled:
+        if error is not None and (not task.cancelled or isinstance(error, GangError)):
             failure = error if isinstance(error, RayError) else RayError(str(error))
             cause = getattr(error, "cause", None)
-            if isinstance(cause, MPIError) and cause.peer_failed:
+            told = isinstance(cause, MPIError) and cause.peer_failed
+            if told or (isinstance(error, GangError) and self.step.was_ended(task.seat.worker)):
                 self.hearsay = self.hearsay or failure
             else:
-                self.failure = failure
+                self.failure = self.failure or failure
+            if not told:
                 self.waiter.finish()
-        self.waiter.one()
         self.settled.one()
+        self.waiter.one()
 
     def on_death(self, is_dead: Any) -> None:
         """Called with the deaths of processes."""
@@ -255,10 +267,10 @@ class Call:
 
 def death_of(step: Step, number: int, name: str) -> GangError:
     seat = step.seats[number]
-    reason = "the process was killed or exited"
+    reason = step.death_text(seat.worker)
     code = step.process.poll()
     if code is not None:
-        reason += f"; its mpirun ended with {code}"
+        reason += f"; mpirun was killed by {signal.Signals(-code).name}" if code < 0 else f"; mpirun ended with {code}"
     return GangError(name, number, step.size, seat.pid, seat.hostname, reason)
 
 
@@ -417,7 +429,7 @@ class Gangs:
         client = self.client
         try:
             client.block(call.waiter, gives_way=False)
-            if call.failure is not None:
+            if not call.settled.done:
                 if not patient:
                     with client.lock:
                         call.interrupt()

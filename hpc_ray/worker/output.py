@@ -5,6 +5,7 @@ A mark is written only when something is printed after the task's name has chang
 
 from __future__ import annotations
 
+import contextlib
 import io
 import sys
 from typing import Any
@@ -13,6 +14,8 @@ from hpc_ray.worker_log import mark
 
 _name = ""
 _job = b""
+_streams: list[NamedStream] = []  # of this process
+_unfinished = False  # the beginning of some line was written, which streams keep until its end comes
 
 
 def set_task_name(name: str) -> None:
@@ -24,6 +27,16 @@ def set_task_name(name: str) -> None:
 def set_job(job_id: bytes) -> None:
     global _job
     _job = job_id
+
+
+def show_unfinished() -> None:
+    """What was printed by now leaves this process, also a line without an end."""
+    global _unfinished
+    if _unfinished:
+        _unfinished = False
+        for stream in _streams:
+            with contextlib.suppress(OSError, ValueError):  # user code has closed it
+                stream.flush()
 
 
 class NamedStream(io.TextIOBase):
@@ -39,6 +52,9 @@ class NamedStream(io.TextIOBase):
             return 0
         self.announce()
         self._at_start = text.endswith("\n")
+        if not self._at_start:
+            global _unfinished
+            _unfinished = True
         return self._stream.write(text)
 
     def announce(self) -> None:
@@ -74,9 +90,9 @@ class NamedStream(io.TextIOBase):
 
 def name_streams() -> None:
     """Make stdout and stderr of this process line-buffered NamedStreams."""
-    # Open as long as the process.
-    sys.stdout = NamedStream(open(1, "w", buffering=1, encoding="utf-8", errors="backslashreplace", closefd=False))  # noqa: SIM115
-    sys.stderr = NamedStream(open(2, "w", buffering=1, encoding="utf-8", errors="backslashreplace", closefd=False))  # noqa: SIM115
+    for number in (1, 2):  # open as long as the process
+        _streams.append(NamedStream(open(number, "w", buffering=1, encoding="utf-8", errors="backslashreplace", closefd=False)))  # noqa: SIM115
+    sys.stdout, sys.stderr = _streams
     sys.addaudithook(_on_audit)
 
 

@@ -4,6 +4,8 @@ RANK-1 (its leader's): it ends when its leader or its node does, whatever it is 
 RANK-2 (own communicator): each task has a duplicate of MPI_COMM_WORLD, so that what one has left unreceived, no other one gets.
 It is never freed: MPI would give its number to the next one, and with that what was sent to it (test_gangs.py). The leader replaces
 the ranks before there are too many. An actor has one duplicate for all its life.
+RANK-3 (its end is known): what mpirun starts is the keeper, and the rank its child. So somebody knows how the rank has ended, and the
+leader hears of it before mpirun does: MPICH's then kills the others, and nobody could tell who was the first.
 """
 
 from __future__ import annotations
@@ -12,10 +14,12 @@ import contextlib
 import ctypes
 import json
 import os
+import resource
 import signal
 import sys
+import time
 import traceback
-from typing import Any
+from typing import Any, NoReturn
 
 from msgspec.structs import replace
 from setproctitle import setproctitle
@@ -32,6 +36,8 @@ from hpc_ray.launcher.world import discover
 from hpc_ray.protocol import LeaveGang, ProcessKind, PushTask, RankHere
 from hpc_ray.worker.environment import Environment
 from hpc_ray.worker.executor import Executor
+
+_HEAD_START_S = 0.1  # of the news of a rank's end over what mpirun makes of it
 
 
 class RankExecutor(Executor):
@@ -56,6 +62,8 @@ class RankExecutor(Executor):
             error_class = error.Get_error_class()
             failure = MPIError(str(error), error_class, error_class == getattr(self.mpi, "ERR_PROC_FAILED", -1))
             raise failure.with_traceback(error.__traceback__) from None
+        finally:
+            _flush()
 
     def call_function(self, task: PushTask, args: tuple, kwargs: dict) -> Any:
         self.enter()
@@ -104,15 +112,57 @@ class RankExecutor(Executor):
         _leave_now()
 
 
+def _fork_rank() -> int:
+    """Returns in a child of this process, which is the rank; with what it attaches by (RANK-3)."""
+    told, word = os.pipe()
+    keeper = os.getpid()
+    rank = os.fork()
+    if rank:
+        os.close(told)
+        _keep(rank, word)
+    os.close(word)
+    _core.set_parent_death_signal(signal.SIGKILL)
+    if os.getppid() != keeper:
+        os._exit(1)
+    return told
+
+
+def _keep(rank: int, word: int) -> NoReturn:
+    """Waits for the rank to end, says how, unless that was mpirun's wish, and ends likewise after a while (RANK-3)."""
+    setproctitle(f"hpc_ray::keeper of {rank}")
+    received: list[int] = []  # from mpirun
+
+    def on_signal(number: int, frame: Any) -> None:
+        received.append(number)
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(rank, number)
+
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
+        signal.signal(number, on_signal)
+    _, status = os.waitpid(rank, 0)
+    if os.WTERMSIG(status) not in received:
+        os.write(word, b"%d" % status)
+    if status:
+        time.sleep(_HEAD_START_S)
+    if os.WIFSIGNALED(status):
+        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))  # the rank's is there
+        signal.signal(os.WTERMSIG(status), signal.SIG_DFL)
+        os.kill(os.getpid(), os.WTERMSIG(status))
+    os._exit(os.WEXITSTATUS(status))
+
+
 def main() -> int:
     """The process's exit code."""
     _core.set_parent_death_signal(signal.SIGKILL)
+    keeper = _fork_rank()
     for stream in (sys.stdout, sys.stderr):  # mpirun's may be pipes
         stream.reconfigure(line_buffering=True)  # type: ignore[union-attr]
     note = json.loads(os.environ[RANK_VARIABLE])
     sys.path[:] = note["path"]
     try:
-        attachment = _attach(note)
+        attachment = _attach(note, keeper)
+        os.close(keeper)
     except Exception:
         traceback.print_exc()
         return 1
@@ -151,7 +201,7 @@ def main() -> int:
     return 0
 
 
-def _attach(note: dict[str, Any]) -> Attachment:
+def _attach(note: dict[str, Any], keeper: int) -> Attachment:
     """To the node that has this rank's resources.
 
     Raises:
@@ -160,7 +210,7 @@ def _attach(note: dict[str, Any]) -> Attachment:
     place = discover()
     if place is None:
         raise LaunchError("mpirun does not say which rank this is: it is none of those that hpc_ray knows")
-    attachment = connect(note["session"], note["nodes"][place.rank], kind=ProcessKind.RANK)
+    attachment = connect(note["session"], note["nodes"][place.rank], kind=ProcessKind.RANK, keeper=keeper)
     gpus = attachment.config.environment.get(VISIBLE_GPUS)
     if gpus is not None:
         os.environ[VISIBLE_GPUS] = gpus

@@ -144,6 +144,33 @@ ray.get([chatter.remote(k) for k in range(4)])
     assert sorted((int(k), int(i)) for k, i in lines) == [(k, i) for k in range(4) for i in range(5000)]
 
 
+def test_an_unfinished_last_line_is_shown(run):
+    """Of workers that are free again, by a task, an actor, a thread pool's actor and an asyncio actor."""
+    out, err = run("""
+ray.init(num_cpus=1)
+
+@ray.remote
+def task():
+    print("grumble", end="", file=sys.stderr)
+    print("the task's line\\nand its last", "words", end="")
+
+class Speaker:
+    def speak(self, name):
+        print(name, "was here", end="")
+
+class Waiter:
+    async def speak(self, name):
+        print(name, "was here", end="")
+
+actors = [ray.remote(Speaker).remote(), ray.remote(Speaker).options(max_concurrency=2).remote(), ray.remote(Waiter).remote()]
+ray.get([actor.speak.remote(name) for actor, name in zip(actors, ["simple", "threaded", "asyncio"])])
+ray.get(task.remote())
+""")
+    for line in ("the task's line", "and its last words", "simple was here", "threaded was here", "asyncio was here"):
+        assert re.search(rf"^\(.+ pid=\d+\) {line}$", out, re.MULTILINE), out
+    assert re.search(r"^\(task pid=\d+\) grumble$", err, re.MULTILINE), err
+
+
 def test_output_of_subprocesses_and_c_code(run):
     out, _ = run("""
 import os, subprocess

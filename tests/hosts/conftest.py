@@ -37,7 +37,7 @@ for top in ("/tmp", "/dev/shm"):
         for name in folders + files:
             if any(path.startswith(os.path.join(folder, name) + "/") for path in sys.argv[1:]):
                 continue  # on the way to what the hosts share
-            if "torchinductor" not in folder + name and "hydra_hwloc" not in name:  # torch's, and of a lost session's MPICH
+            if "torchinductor" not in folder + name:  # torch's
                 print("file", os.path.join(folder, name))
 """
 

@@ -212,7 +212,9 @@ def fails(how, gate):
             raise KeyError("of rank 1")
         if how == "exit":
             sys.exit(0)
-        os.kill(os.getpid(), signal.SIGKILL)
+        if how == "leave":
+            os._exit(7)
+        os.kill(os.getpid(), how)
     if comm.rank == 2:
         comm.send(None, dest=1)
     comm.barrier()  # never complete
@@ -227,14 +229,39 @@ def test_a_rank_that_raises_ends_its_gang_only(session, gate):
     assert len(ray.get(added.remote(np.ones(1)))) == 3
 
 
-@pytest.mark.parametrize("how", ["kill", "exit"])
-def test_a_rank_that_ends_takes_its_gang_along_only(session, gate, how):
-    with pytest.raises(GangError) as caught:
+@pytest.mark.parametrize(
+    ("how", "text"),
+    [
+        (signal.SIGKILL, "killed by SIGKILL"),
+        (signal.SIGSEGV, "killed by SIGSEGV"),
+        (signal.SIGTERM, "killed by SIGTERM"),
+        ("leave", "exit code 7"),
+        ("exit", r"sys.exit\(0\)"),
+    ],
+)
+def test_a_rank_that_ends_takes_its_gang_along_only(session, gate, how, text):
+    """And the gang's error says which rank that was, and how it ended, whatever mpirun does with the others."""
+    with pytest.raises(GangError, match=rf"rank 1 of 3 of fails\(\) .*: {text}") as caught:
         ray.get(fails.remote(how, gate))
-    assert isinstance(caught.value, GangError) and caught.value.size == 3
+    assert isinstance(caught.value, GangError) and (caught.value.rank, caught.value.size) == (1, 3)
     assert caught.value.pid in gate.pids("rank")
-    if OPEN_MPI:  # MPICH's mpirun ends all at once, and any may be seen first
-        assert caught.value.rank == 1
+    assert len(ray.get(added.remote(np.ones(1)))) == 3
+
+
+def test_ranks_that_mpirun_ends_say_so(session, gate):
+    @ray.remote(mpi_ranks=2)
+    def without_mpirun():
+        comm = ray.mpi_comm()
+        comm.barrier()
+        if comm.rank == 0:
+            keeper = os.getppid()
+            starter = Path(f"/proc/{keeper}/stat").read_text().rpartition(")")[2].split()[1]
+            os.kill(int(starter), signal.SIGKILL)
+        gate.wait()
+
+    how = "; mpirun was killed by SIGKILL" if OPEN_MPI else ""  # of MPICH's that was a process below it
+    with pytest.raises(GangError, match=rf"rank \d of 2 .*: its mpirun has ended it{how}"):
+        ray.get(without_mpirun.remote())
     assert len(ray.get(added.remote(np.ones(1)))) == 3
 
 
@@ -249,7 +276,7 @@ def test_a_rank_that_has_heard_of_an_end_does_not_answer_for_it(session, gate):
         gate.await_arrivals(1, "told")
         os.kill(os.getpid(), signal.SIGKILL)
 
-    with pytest.raises(GangError, match=r"rank 1 of 2" if OPEN_MPI else r"rank \d of 2"):
+    with pytest.raises(GangError, match=r"rank 1 of 2"):
         ray.get(told_first.remote())
 
     @ray.remote(mpi_ranks=2)
@@ -475,10 +502,9 @@ def test_an_actor_whose_ranks_do_not_come_back_has_crashed(session, gate):
 def test_a_rank_that_dies_is_the_death_of_its_actor(session, eventually):
     solver = Solver.remote(np.ones(3))
     pids = ray.get(solver.pid.remote())
-    with pytest.raises(ActorDiedError, match=r"rank \d of 3 of Solver(\.end_on)?\(\)") as caught:
-        ray.get(solver.end_on.remote(1, signal.SIGKILL))
-    if OPEN_MPI:
-        assert "rank 1 of 3" in str(caught.value) and str(pids[1]) in str(caught.value)
+    with pytest.raises(ActorDiedError, match=r"rank 1 of 3 of Solver(\.end_on)?\(\) .*: killed by SIGSEGV") as caught:
+        ray.get(solver.end_on.remote(1, signal.SIGSEGV))
+    assert str(pids[1]) in str(caught.value)
     for pid in pids:
         eventually(lambda pid=pid: gone(pid), "a rank ends with its actor")
 
@@ -486,7 +512,7 @@ def test_a_rank_that_dies_is_the_death_of_its_actor(session, eventually):
 def test_a_rank_that_dies_between_calls(session):
     solver = Solver.remote(np.ones(3))
     os.kill(ray.get(solver.pid.remote())[2], signal.SIGKILL)
-    with pytest.raises(ActorDiedError, match=r"rank \d of 3 of Solver"):
+    with pytest.raises(ActorDiedError, match=r"rank 2 of 3 of Solver.*: killed by SIGKILL"):
         while True:  # calls that reach it before the news does
             ray.get(solver.norm.remote())
 

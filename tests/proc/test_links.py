@@ -217,22 +217,32 @@ print(world.child.pid, flush=True)
 try:
     while True: ray.get(holders[1].where.remote(), timeout=60); time.sleep(0.01)
 except ray.exceptions.RayError as error:
-    print(type(error).__name__, flush=True)
+    print(type(error).__name__, flush=True)  # of the other node, or of ours
+while True:
+    try:
+        ray.nodes()
+    except ray.exceptions.LocalRayletDiedError as error:
+        print(error, flush=True)
+        break
+    except ray.exceptions.RayError:
+        pass  # the GCS went first
+    time.sleep(0.01)
 """
     with driver(text) as process:
         launcher = int(process.stdout.readline())
         links = links_of(process.pid)
         assert len(links) == 3
         files = shared_files(links)
-        if victim == "driver":
-            process.kill()
-        elif victim == "mpirun":
-            os.kill(launcher, signal.SIGKILL)
-        else:
-            os.kill(_link_of(0, links, transport), signal.SIGKILL)
+        link = _link_of(0, links, transport)
+        os.kill({"driver": process.pid, "mpirun": launcher, "head link": link}[victim], signal.SIGKILL)
         out, err = process.communicate(timeout=60)
-    if victim != "driver":
-        assert out.strip(), err
+    if victim == "mpirun":
+        assert f"mpirun was killed by SIGKILL (pid {launcher})" in out, (out, err)
+    elif victim == "head link" and transport == "tcp":
+        assert f"the head's link was killed by SIGKILL (pid {link})" in out, (out, err)
+    elif victim == "head link":
+        assert f"the link of node 0 has died (pid {link} on" in out, (out, err)
+    eventually(lambda: not list(Path(os.environ["TMPDIR"]).glob("ompi*")), "mpirun's folder is gone")
     eventually(lambda: not [path for path in files if os.path.exists(path)], "MPI's shared memory is gone")
 
 

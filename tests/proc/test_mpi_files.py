@@ -14,7 +14,7 @@ import pytest
 
 from hpc_ray.exceptions import LaunchError
 from hpc_ray.interpreter import python_command
-from hpc_ray.launcher import mpi_files, world
+from hpc_ray.launcher import mpi_files, session, world
 
 pytestmark = pytest.mark.skipif(not os.path.isdir("/dev/shm"), reason="there is no /dev/shm here")
 # Has a file open or mapped, says so, and has it until its input ends.
@@ -111,3 +111,54 @@ def test_a_running_mpi_does_without_the_names():
     line = world.mpirun_command(mpirun, 2, python_command("-c", ROBBED), passed=())
     done = subprocess.run(line, env=world.own_host_environment(), capture_output=True, text=True, timeout=60, check=False)
     assert (done.returncode, done.stdout.splitlines()) == (0, ["True"]), done
+
+
+TOPOLOGIES = "/tmp/hydra_hwloc_xmlfile_"
+# Rank 1 is not the launcher's child, as where init() is called in a rank.
+UP = f"""
+import glob, os, sys
+if os.environ.get("PMI_RANK") == "1" and os.fork():
+    sys.exit(os.waitstatus_to_exitcode(os.wait()[1]))
+from mpi4py import MPI
+from hpc_ray.launcher import mpi_files
+world = MPI.COMM_WORLD
+world.barrier()
+before = set(glob.glob("{TOPOLOGIES}*"))
+world.barrier()
+if world.rank == 1:
+    mpi_files.remove_topology()
+    print(*before - set(glob.glob("{TOPOLOGIES}*")))
+"""
+
+
+def test_the_topology_goes_when_all_ranks_are_up():
+    """The launcher's own, and no other one, though others are of the same user and time."""
+    pytest.importorskip("mpi4py", reason="mpi4py is not installed")
+    try:
+        mpirun = world.find_mpirun()
+    except LaunchError:
+        pytest.skip("no mpirun is installed")
+    if mpirun.family != "mpich":
+        pytest.skip("only MPICH's launcher has such a file")
+    line = world.mpirun_command(mpirun, 2, python_command("-c", UP), passed=())
+    other = Path(f"{TOPOLOGIES}{os.getpid():x}")
+    with other.open("w"):
+        done = subprocess.run(line, env=world.own_host_environment(), capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 0 and not done.stderr, done
+    removed = done.stdout.split()
+    assert removed and str(other) not in removed and other.exists()
+    other.unlink()
+
+
+def test_a_session_has_no_topology_to_leave(own_world):
+    """Once it is up, so that none stays when everything is killed."""
+    import hpc_ray
+
+    hpc_ray.init(num_nodes=2, num_cpus=1)
+    try:
+        run = os.environ["HPC_RAY_TEST_RUN"].encode()
+        for pid in map(int, filter(str.isdigit, os.listdir("/proc"))):
+            if session.environment_of(pid).get(b"HPC_RAY_TEST_RUN") == run:
+                assert not [path for path in mpi_files._opened_by(pid) if path.startswith(TOPOLOGIES) and os.path.exists(path)]
+    finally:
+        hpc_ray.shutdown()
