@@ -1,0 +1,57 @@
+"""Options, arguments and results of single calls in which we once differed from Ray."""
+
+import time
+from fractions import Fraction
+
+from caselib import attempt, case, main, sub, wait_until
+
+
+def kinds(ray, thunks):
+    """Of each thunk: what is raised, or its value."""
+    return {name: attempt(ray, thunk) for name, thunk in thunks.items()}
+
+
+def case_zero_means_default(ray):
+    """``max_concurrency=0`` and ``max_pending_calls=0`` are as if nothing was said."""
+
+    @ray.remote
+    class Actor:
+        def run(self):
+            time.sleep(0.1)
+            return 1
+
+    one_by_one = Actor.options(max_concurrency=0).remote()
+    ray.get(one_by_one.run.remote())
+    begin = time.monotonic()
+    ray.get([one_by_one.run.remote() for _ in range(3)])
+    unlimited = Actor.options(max_pending_calls=0).remote()
+    return [time.monotonic() - begin > 0.25, ray.get([unlimited.run.remote() for _ in range(4)])]
+
+
+def case_labels_are_checked(ray):
+    """What is no label is refused before anything is sent."""
+
+    @ray.remote
+    def run():
+        return True
+
+    class Actor:
+        pass
+
+    group = sub(ray, "util").placement_group
+    long = "a" * 64
+    selectors = [{"a b": "c"}, {"": "b"}, {"-a": "b"}, {"a/b/c": "b"}, {long: "b"}, {"a": long}, {"a": "!"}, {"a": "!!b"}]
+    good = [{"ray.io/zone": "b"}, {"A.b/c": "b"}, {"a": ""}, {"a": "!in(b, c)"}, {}]
+    fallbacks = [[{"label_selector": {"a b": "c"}}], [{"label_selector": "a"}]]
+    return [
+        [attempt(ray, lambda s=s: bool(run.options(label_selector=s))) for s in selectors + good],
+        [attempt(ray, lambda s=s: group([{"CPU": 1}], bundle_label_selector=[s])) for s in selectors],
+        attempt(ray, lambda: group([{"CPU": 1}], bundle_label_selector={"a": "b"})),
+        [attempt(ray, lambda f=f: run.options(fallback_strategy=f)) for f in fallbacks],
+        bool(run.options(fallback_strategy=[{"label_selector": None}])),
+        attempt(ray, lambda: ray.remote(label_selector={"a b": "c"})(Actor)),
+    ]
+
+
+if __name__ == "__main__":
+    main()
