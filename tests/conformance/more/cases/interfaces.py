@@ -53,5 +53,24 @@ def case_labels_are_checked(ray):
     ]
 
 
+def case_generators_as_arguments(ray):
+    """They cannot be passed on; the error says so."""
+
+    @ray.remote
+    def count():
+        yield 1
+
+    @ray.remote
+    def take(what):
+        return 1
+
+    says = ("ObjectRefGenerator", "serializ")
+    return [
+        attempt(ray, lambda: take.remote(count.remote()), says=says),
+        attempt(ray, lambda: take.remote([count.remote()]), says=says),
+        attempt(ray, lambda: ray.put(count.remote()), says=says),
+    ]
+
+
 if __name__ == "__main__":
     main()
