@@ -53,6 +53,48 @@ def case_labels_are_checked(ray):
     ]
 
 
+def case_numbers_of_wait(ray):
+    """What ``wait`` takes as ``num_returns``."""
+    references = [ray.put(i) for i in range(3)]
+
+    def wait(count):
+        return lambda: [len(part) for part in ray.wait(references, num_returns=count)]
+
+    return kinds(
+        ray,
+        {
+            "1.0": wait(1.0),
+            "1.5": wait(1.5),
+            "fraction": wait(Fraction(2)),
+            "true": wait(True),
+            "3.5": wait(3.5),
+            "none": wait(None),
+            "text": wait("1"),
+        },
+    )
+
+
+def case_timeouts_of_get(ray):
+    """``get`` waits for ever if its timeout is negative."""
+
+    @ray.remote
+    def sleep():
+        time.sleep(0.3)
+        return 1
+
+    return kinds(
+        ray,
+        {
+            "negative": lambda: ray.get(sleep.remote(), timeout=-1),
+            "fraction": lambda: ray.get(sleep.remote(), timeout=Fraction(20)),
+            "nan": lambda: ray.get(sleep.remote(), timeout=float("nan")),
+            "wait nan": lambda: ray.wait([sleep.remote()], timeout=float("nan")),
+            "list": lambda: ray.get(sleep.remote(), timeout=[1]),
+            "wait text": lambda: ray.wait([sleep.remote()], timeout="1"),
+        },
+    )
+
+
 def case_generators_as_arguments(ray):
     """They cannot be passed on; the error says so."""
 
