@@ -95,6 +95,28 @@ def case_timeouts_of_get(ray):
     )
 
 
+def case_callbacks_of_references(ray):
+    """They get the value, or the error, also when it is long there."""
+    found = []
+
+    @ray.remote
+    def one():
+        return 1
+
+    @ray.remote
+    def fail():
+        raise ValueError("no")
+
+    good, bad = one.remote(), fail.remote()
+    same = good._on_completed(found.append) == good
+    bad._on_completed(found.append)
+    wait_until(lambda: len(found) == 2)
+    good._on_completed(found.append)
+    wait_until(lambda: len(found) == 3)
+    errors = [item for item in found if isinstance(item, ray.exceptions.RayTaskError)]
+    return [same, found.count(1), [type(error.cause).__name__ for error in errors]]
+
+
 def case_generators_as_arguments(ray):
     """They cannot be passed on; the error says so."""
 
