@@ -50,7 +50,7 @@ class RuntimeContext:
 
     def get_session_name(self) -> str:
         """The same in all processes of the session."""
-        return f"session_{self._client.config.session}"
+        return self._client.config.session
 
     def get_temp_dir(self) -> str:
         """The folder of this node's part of the session; it goes with the session."""

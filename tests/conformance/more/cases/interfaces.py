@@ -136,5 +136,23 @@ def case_generators_as_arguments(ray):
     ]
 
 
+@case(init=None, needs=("reinit",))
+def case_names_of_the_session(ray):
+    """What ``init`` tells of the session, apart from its values."""
+    context = ray.init(num_cpus=1, include_dashboard=False, log_to_driver=False)
+    info = context.address_info
+    name = ray.get_runtime_context().get_session_name()
+    found = [
+        {key in info: key for key in ("gcs_address", "redis_address", "raylet_socket_name", "object_store_address")}.keys() == {True},
+        [info[key] for key in ("redis_address", "metrics_export_port", "dashboard_agent_listen_port", "webui_url")],
+        info["address"] == info["gcs_address"] == ray.get_runtime_context().gcs_address,
+        context.dashboard_url,
+        name.count("session"),
+        name in info["session_dir"],
+    ]
+    ray.shutdown()
+    return found
+
+
 if __name__ == "__main__":
     main()
