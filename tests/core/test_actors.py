@@ -6,6 +6,7 @@ import asyncio
 import os
 import signal
 import threading
+import time
 from pathlib import Path
 
 import numpy as np
@@ -1063,6 +1064,73 @@ def test_cancelled_whatever_its_coroutine_does(ray, gate):
         assert isinstance(caught.value, exceptions.RayTaskError)
     assert next(items, None) is None
     assert ray.get(actor.fine.remote(), timeout=30) == 1
+
+
+@pytest.mark.parametrize("limit", [1, 10])
+def test_cancel_async_call_that_waits(ray, gate, limit):
+    """For the loop, which something blocks, or for its turn: it never begins."""
+
+    @ray.remote(max_concurrency=limit)
+    class Blocking:
+        def __init__(self):
+            self.ran = []
+
+        async def block(self, gate, name):
+            return gate.wait(name)
+
+        async def run(self):
+            self.ran.append(1)
+
+        async def look(self):
+            return self.ran
+
+    actor = Blocking.remote()
+    calls = [actor.block.remote(gate, "first")]
+    gate.await_arrivals(1, "first")
+    calls.append(actor.block.remote(gate, "second"))
+    waiting = actor.run.remote()
+    time.sleep(0.1)
+    gate.open("first")  # the loop gets both now, and begins one
+    gate.await_arrivals(1, "second")
+    ray.cancel(waiting)
+    time.sleep(0.2)
+    gate.open("second")
+    with pytest.raises(exceptions.TaskCancelledError) as caught:
+        ray.get(waiting, timeout=30)
+    assert not isinstance(caught.value, exceptions.RayTaskError)
+    assert ray.get(calls, timeout=30) == ["passed", "passed"]
+    assert ray.get(actor.look.remote(), timeout=30) == []
+
+
+@pytest.mark.parametrize("kind", ["plain", "threaded", "asyncio"])
+def test_references_of_a_call_that_fails(ray, store, eventually, kind):
+    """What came with its arguments and stays in the actor is borrowed; what does not stay goes (EXEC-2)."""
+
+    class Plain:
+        kept = None
+
+        def keep(self, box, stays):
+            self.kept = box if stays else None
+            raise LookupError("kept")
+
+        def look(self):
+            return None if self.kept is None else len(ray.get(self.kept[0]))
+
+    class Asyncio(Plain):
+        async def keep(self, box, stays):
+            self.kept = box if stays else None
+            raise LookupError("kept")
+
+    before = store()["objects"]
+    actor = ray.remote(max_concurrency=2 if kind == "threaded" else None)(Asyncio if kind == "asyncio" else Plain).remote()
+    for stays in (True, False):
+        reference = ray.put(bytes(1 << 20))
+        with pytest.raises(LookupError):
+            ray.get(actor.keep.remote([reference], stays), timeout=30)
+        del reference
+        time.sleep(0.1)
+        assert ray.get(actor.look.remote(), timeout=30) == (1 << 20 if stays else None)
+    eventually(lambda: store()["objects"] == before, "all objects gone")
 
 
 def test_async_concurrency_groups(ray, gate):

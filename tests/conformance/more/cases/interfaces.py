@@ -1,5 +1,6 @@
 """Options, arguments and results of single calls in which we once differed from Ray."""
 
+import asyncio
 import time
 from fractions import Fraction
 
@@ -134,6 +135,56 @@ def case_generators_as_arguments(ray):
         attempt(ray, lambda: take.remote([count.remote()]), says=says),
         attempt(ray, lambda: ray.put(count.remote()), says=says),
     ]
+
+
+def case_coroutines_as_values(ray):
+    """Only a coroutine function's is awaited; one that something else returns cannot travel."""
+
+    async def five():
+        return 5
+
+    @ray.remote
+    def run():
+        return five()
+
+    class Plain:
+        def give(self):
+            return five()
+
+    class Asyncio(Plain):
+        async def wait(self):
+            return await five()
+
+        async def give_in_turn(self):
+            return five()
+
+        def future(self):
+            future = asyncio.get_running_loop().create_future()
+            future.set_result(1)
+            return future
+
+        @staticmethod
+        async def static():
+            return 6
+
+        @classmethod
+        async def of_class(cls):
+            return 7
+
+    plain, actor = ray.remote(Plain).remote(), ray.remote(Asyncio).remote()
+    calls = {
+        "task": run.remote(),
+        "plain": plain.give.remote(),
+        "asyncio": actor.give.remote(),
+        "in turn": actor.give_in_turn.remote(),
+        "future": actor.future.remote(),
+        "through call": actor.__ray_call__.remote(lambda self: five()),
+        "awaited": actor.wait.remote(),
+        "static": actor.static.remote(),
+        "of class": actor.of_class.remote(),
+    }
+    found = kinds(ray, {name: lambda r=reference: ray.get(r, timeout=20) for name, reference in calls.items()})
+    return [found, attempt(ray, lambda: ray.remote(five))]
 
 
 @case(init=None, needs=("reinit",))
