@@ -236,6 +236,8 @@ def nodes() -> list[dict[str, Any]]:
             "ObjectStoreSocketName": "",
             "RayletSocketName": "",
             "MetricsExportPort": 0,
+            "MetricsAgentPort": 0,
+            "DashboardAgentListenPort": 0,
             "NodeName": node["hostname"],
             "RuntimeEnvAgentPort": 0,
             "DeathReason": 0 if node["alive"] else 1,

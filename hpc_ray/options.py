@@ -195,6 +195,7 @@ _COMMON: dict[str, Check] = {
 }
 _TASK: dict[str, Check] = {
     **_COMMON,
+    "name": _optional(_typed(str, "a str")),  # "": as if there were none
     "num_returns": _optional(_returns),
     "max_retries": _optional(_integer(0, (-1,))),
     "retry_exceptions": _retry_exceptions,
@@ -218,7 +219,7 @@ METHOD_OPTIONS: dict[str, Check] = {
     "concurrency_group": _optional(_typed(str, "a str")),
     "max_task_retries": _optional(_integer(0, (-1,))),
     "retry_exceptions": _optional(_retry_exceptions),
-    "name": _optional(_name),
+    "name": _optional(_typed(str, "a str")),  # "": as if there were none
     "enable_task_events": _typed(bool, "a bool"),
     "_generator_backpressure_num_objects": _optional(_integer(1, (-1,))),
 }

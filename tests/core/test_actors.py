@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import os
 import signal
 import threading
@@ -1100,6 +1101,23 @@ def test_cancel_async_call_that_waits(ray, gate, limit):
     assert not isinstance(caught.value, exceptions.RayTaskError)
     assert ray.get(calls, timeout=30) == ["passed", "passed"]
     assert ray.get(actor.look.remote(), timeout=30) == []
+
+
+def test_finaliser_of_the_class_is_for_its_instances(ray, capfd):
+    """What ``options`` gives, and the actor class, are none."""
+
+    class Finalised:
+        def __init__(self):
+            self.ready = True
+
+        def __del__(self):
+            assert self.ready
+
+    actor_class = ray.remote(Finalised)
+    actor_class.options(num_cpus=0)
+    del actor_class
+    gc.collect()
+    assert "ready" not in capfd.readouterr().err
 
 
 @pytest.mark.parametrize("kind", ["plain", "threaded", "asyncio"])

@@ -187,6 +187,54 @@ def case_coroutines_as_values(ray):
     return [found, attempt(ray, lambda: ray.remote(five))]
 
 
+def case_options_and_call_in_one(ray):
+    """``_remote`` of functions, classes and methods, which older programs use."""
+
+    @ray.remote
+    def run(x, y=0):
+        return x, y, ray.get_runtime_context().get_task_name()
+
+    @ray.remote
+    class Actor:
+        def __init__(self, x=0):
+            self.x = x
+
+        def run(self, y=0):
+            return self.x, y
+
+    actor = Actor._remote(args=[1], num_cpus=0)
+    return [
+        ray.get(run._remote((1,), {"y": 2}, name="named")),
+        ray.get(run._remote(args=[3])),
+        run._remote([4], num_returns=0),
+        ray.get([actor.run._remote(), actor.run._remote([5]), actor.run._remote(kwargs={"y": 6}, name="named")]),
+        ray.get(Actor._remote().run.remote()),
+        attempt(ray, lambda: actor.run._remote(nothing=1)),
+    ]
+
+
+def case_empty_names(ray):
+    """Of tasks and calls: as if there were none."""
+
+    @ray.remote(name="")
+    def run():
+        return ray.get_runtime_context().get_task_name()
+
+    @ray.remote
+    class Actor:
+        def run(self):
+            return ray.get_runtime_context().get_task_name()
+
+    calls = run.remote(), run.options(name="").remote(), Actor.remote().run.options(name="").remote()
+    return [ray.get(list(calls)), attempt(ray, lambda: Actor.options(name="").remote())]
+
+
+def case_kinds_of_accelerators(ray):
+    """All are there, also where the node has none."""
+    found = ray.get_runtime_context().get_accelerator_ids()
+    return [set(found) >= {"GPU", "TPU", "NPU", "HPU", "neuron_cores"}, sum(map(len, found.values()))]
+
+
 @case(init=None, needs=("reinit",))
 def case_names_of_the_session(ray):
     """What ``init`` tells of the session, apart from its values."""
