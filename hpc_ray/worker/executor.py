@@ -251,6 +251,8 @@ class Executor:
             return
         running = found[0]
         self.cancelled.add(message.task_id)
+        if self.actor is not None:
+            self.results.consumed(message.task_id, -1)  # a method is not interrupted while its stream waits
         if message.recursive:
             self.cancel_children(message)
         if isinstance(running, asyncio.Task):

@@ -1103,6 +1103,58 @@ def test_cancel_async_call_that_waits(ray, gate, limit):
     assert ray.get(actor.look.remote(), timeout=30) == []
 
 
+@pytest.mark.parametrize("kind", ["plain", "threaded"])
+def test_cancelled_stream_of_a_method_ends(ray, gate, kind):
+    """With its next item: the method is not interrupted, but nobody wants more of it."""
+
+    class Endless:
+        def __init__(self):
+            self.ended = False
+
+        def items(self, gate):
+            try:
+                yield 1
+                gate.wait()
+                yield 2
+                while True:
+                    yield 3
+            finally:
+                self.ended = True
+
+        def look(self):
+            return self.ended
+
+    actor = ray.remote(max_concurrency=2 if kind == "threaded" else 1)(Endless).remote()
+    items = actor.items.remote(gate)
+    assert ray.get(next(items), timeout=30) == 1
+    gate.await_arrivals(1)
+    ray.cancel(items)
+    time.sleep(0.2)
+    gate.open()
+    with pytest.raises(exceptions.TaskCancelledError):
+        ray.get(list(items), timeout=30)
+    assert ray.get(actor.look.remote(), timeout=30)
+
+
+def test_cancelled_stream_does_not_wait_for_its_consumer(ray):
+    @ray.remote
+    class Limited:
+        @ray.method(_generator_backpressure_num_objects=1)
+        def items(self):
+            yield from range(100)
+
+        def look(self):
+            return True
+
+    actor = Limited.remote()
+    items = actor.items.remote()
+    assert ray.get(next(items), timeout=30) == 0
+    ray.cancel(items)
+    with pytest.raises(exceptions.TaskCancelledError):
+        ray.get(items.completed(), timeout=10)
+    assert ray.get(actor.look.remote(), timeout=10)
+
+
 def test_finaliser_of_the_class_is_for_its_instances(ray, capfd):
     """What ``options`` gives, and the actor class, are none."""
 
