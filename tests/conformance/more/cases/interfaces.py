@@ -235,6 +235,18 @@ def case_kinds_of_accelerators(ray):
     return [set(found) >= {"GPU", "TPU", "NPU", "HPU", "neuron_cores"}, sum(map(len, found.values()))]
 
 
+@case(init=None, needs=("cluster",))
+def case_arguments_of_clusters(ray):
+    """Those that say something of the dashboard or of ports are taken, whatever they mean."""
+    arguments = {"num_cpus": 1, "include_dashboard": False, "dashboard_port": 8266, "min_worker_port": 0, "max_worker_port": 0}
+    cluster = sub(ray, "cluster_utils").Cluster(initialize_head=True, head_node_args=arguments)
+    ray.init(address=cluster.address, log_to_driver=False)
+    found = ray.cluster_resources()["CPU"]
+    ray.shutdown()
+    cluster.shutdown()
+    return found
+
+
 @case(init=None, needs=("reinit",))
 def case_names_of_the_session(ray):
     """What ``init`` tells of the session, apart from its values."""
