@@ -243,6 +243,9 @@ class Executor:
                     continue  # it begins now
                 self.client.callbacks.append(partial(self.reply_cancelled, *item))
                 return
+        if (waiting := self.host.waiting.pop(message.task_id, None)) is not None:
+            self.client.callbacks.append(partial(self.reply_cancelled, *waiting))
+            return
         found = self.running.get(message.task_id)
         if found is None and (self.actor is None or self.host.knows(message.task_id)):
             self.cancelled.add(message.task_id)  # it begins now, or is over: see ``execute`` and ``execute_async``

@@ -44,6 +44,7 @@ class ActorHost:
         self.client = executor.client
         self.results = executor.results
         self.pools: dict[str, ThreadPoolExecutor] = {}  # threaded actors, by concurrency group
+        self.waiting: dict[bytes, tuple[int, PushTask]] = {}  # the calls that wait for a thread of their pool
         self.methods: dict[str, Any] = {}
         self.coroutines: set[str] = set()  # names of those that are coroutine functions
         self.loop: asyncio.AbstractEventLoop | None = None  # asyncio actors
@@ -194,11 +195,14 @@ class ActorHost:
                 self.executor.leaving = getattr(item, "reason", "") or "terminated"
                 break
             pool = self.pools.get(self.group_of(item)) or self.pools[""]
+            self.waiting[item.task_id] = source, item
             pool.submit(self.execute_in_thread, source, item)
         for pool in self.pools.values():
             pool.shutdown(wait=True)
 
     def execute_in_thread(self, source: int, task: PushTask) -> None:
+        if self.waiting.pop(task.task_id, None) is None:
+            return  # cancelled meanwhile
         self.executor.execute(source, task)
         self.look_whether_leaving()
 

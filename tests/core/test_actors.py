@@ -1103,6 +1103,34 @@ def test_cancel_async_call_that_waits(ray, gate, limit):
     assert ray.get(actor.look.remote(), timeout=30) == []
 
 
+def test_cancel_call_that_waits_for_a_thread(ray, gate):
+    @ray.remote(max_concurrency=2)
+    class Threaded:
+        def __init__(self):
+            self.ran = []
+
+        def block(self, gate):
+            return gate.wait()
+
+        def run(self, name):
+            self.ran.append(name)
+
+        def look(self):
+            return self.ran
+
+    actor = Threaded.remote()
+    blocked = [actor.block.remote(gate) for _ in range(2)]
+    gate.await_arrivals(2)
+    cancelled, other = actor.run.remote("cancelled"), actor.run.remote("other")
+    time.sleep(0.1)
+    ray.cancel(cancelled)
+    with pytest.raises(exceptions.TaskCancelledError):
+        ray.get(cancelled, timeout=30)  # at once: no thread is free yet
+    gate.open()
+    assert ray.get([*blocked, other], timeout=30) == ["passed", "passed", None]
+    assert ray.get(actor.look.remote(), timeout=30) == ["other"]
+
+
 @pytest.mark.parametrize("kind", ["plain", "threaded"])
 def test_cancelled_stream_of_a_method_ends(ray, gate, kind):
     """With its next item: the method is not interrupted, but nobody wants more of it."""
