@@ -1103,6 +1103,13 @@ def test_cancel_async_call_that_waits(ray, gate, limit):
     assert ray.get(actor.look.remote(), timeout=30) == []
 
 
+def test_the_name_of_an_actor_whose_handle_has_gone_is_free(ray):
+    for _ in range(10):
+        actor = ray.remote(num_cpus=0, name="again and again")(Counter).remote()
+        assert ray.get(actor.__ray_ready__.remote(), timeout=30)
+        del actor
+
+
 def test_cancel_call_that_waits_for_a_thread(ray, gate):
     @ray.remote(max_concurrency=2)
     class Threaded:
