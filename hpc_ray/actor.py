@@ -99,6 +99,10 @@ class ActorMethod:
         made = client.actors.call(handle._link, template, args, kwargs)
         return [made] if template.listed else made
 
+    def _remote(self, args: Any = None, kwargs: dict[str, Any] | None = None, **options: Any) -> Any:
+        """``options`` and ``remote`` in one, as older programs and libraries write it."""
+        return (self.options(**options) if options else self).remote(*args or (), **kwargs or {})
+
     def bind(self, *args: Any, **kwargs: Any) -> Any:
         """A node of a task graph: this call, to be made by ``execute``; several nodes if it has several return values.
         See ``hpc_ray.dag``."""
@@ -393,9 +397,16 @@ class ActorClass:
             raise ActorAlreadyExistsError(answer.error)
         return ActorHandle(*portrait, scope)
 
+    def _remote(self, args: Any = None, kwargs: dict[str, Any] | None = None, **options: Any) -> Any:
+        """``options`` and ``remote`` in one, as older programs and libraries write it."""
+        return (self.options(**options) if options else self).remote(*args or (), **kwargs or {})
+
     def bind(self, *args: Any, **kwargs: Any) -> ClassNode:
         """A node of a task graph: an actor, to be made by ``execute``. See ``hpc_ray.dag``."""
         return ClassNode(self, self._cls, args, kwargs, self._options)
+
+    def __del__(self) -> None:
+        """Stands before that of the class, of which this is no instance."""
 
     def __reduce__(self) -> Any:
         return _rebuild_class, (self._cls.__mro__[1], packing.portable(self._options))

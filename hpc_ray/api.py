@@ -67,13 +67,15 @@ def get(
 
     Raises:
         RayTaskError: the task failed; it is also an instance of the class that was raised.
-        GetTimeoutError: not there within ``timeout`` seconds (0 only looks).
+        GetTimeoutError: not there within ``timeout`` seconds (0 only looks, a negative one waits for ever).
         ObjectLostError, WorkerCrashedError, ActorDiedError …: why there will be no value.
         ValueError, TypeError: not a reference, or not a list of them.
     """
     client = context.client or ensure_connected()
     if timeout is not None:
         _check_seconds("get", timeout)
+        if timeout < 0:  # as Ray has it
+            timeout = None
     if type(object_refs) is ObjectRef:
         return client.values.get_one(object_refs, timeout)
     if isinstance(object_refs, ObjectRefGenerator):  # it is what a task has given, and no reference
@@ -131,7 +133,7 @@ def wait(
         raise TypeError(f"wait() expected a list of ObjectRef, got {type(ray_waitables)}")
     if timeout is not None:
         _check_seconds("wait", timeout)
-    if not isinstance(num_returns, int):
+    if not hasattr(num_returns, "__int__"):
         raise TypeError(f"wait(num_returns=...) takes an integer, not {type(num_returns).__name__}")
     if timeout is not None and timeout < 0:
         raise ValueError(f"The 'timeout' argument must be nonnegative. Received {timeout}")
@@ -144,7 +146,7 @@ def wait(
         raise ValueError(f"Invalid number of objects to return {num_returns}.")
     if num_returns > len(ray_waitables):
         raise ValueError(f"num_returns cannot be greater than the number of object refs ({num_returns} > {len(ray_waitables)})")
-    ready = client.values.wait(ray_waitables, num_returns, timeout, fetch_local)
+    ready = client.values.wait(ray_waitables, int(num_returns), timeout, fetch_local)
     rest = ray_waitables.copy()
     if len(ready) == 1:  # the usual loop: one by one out of many
         return [rest.pop(ready[0])], rest
@@ -234,6 +236,8 @@ def nodes() -> list[dict[str, Any]]:
             "ObjectStoreSocketName": "",
             "RayletSocketName": "",
             "MetricsExportPort": 0,
+            "MetricsAgentPort": 0,
+            "DashboardAgentListenPort": 0,
             "NodeName": node["hostname"],
             "RuntimeEnvAgentPort": 0,
             "DeathReason": 0 if node["alive"] else 1,
@@ -270,6 +274,8 @@ def get_gpu_ids() -> list[int]:
 def _check_seconds(function: str, timeout: Any) -> None:
     if not hasattr(timeout, "__float__"):
         raise TypeError(f"{function}(timeout=...) takes a number of seconds or None, not {type(timeout).__name__}")
+    if timeout != timeout:
+        raise ValueError(f"{function}(timeout=nan): that is no number of seconds")
 
 
 def _floats(resources: dict[str, int]) -> dict[str, float]:

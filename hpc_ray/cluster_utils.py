@@ -18,6 +18,9 @@ from hpc_ray.launcher import world
 from hpc_ray.version import __version__
 
 _AMOUNTS = ("num_cpus", "num_gpus", "resources", "memory", "object_store_memory", "labels")
+# What Ray's nodes have besides: ports, and the dashboard, which is ``init``'s here.
+_MEANINGLESS = {"include_dashboard", "dashboard_host", "dashboard_port", "port", "redis_port", "node_manager_port"}
+_MEANINGLESS |= {"object_manager_port", "min_worker_port", "max_worker_port"}
 _STORE_BYTES = 150 << 20
 
 
@@ -98,13 +101,15 @@ class Cluster:
         """Start a node; the first one is the head. Blocks until it is up, and, with ``wait``, until the cluster counts it.
 
         Args:
-            num_cpus (default 1), num_gpus, resources, memory, object_store_memory (bytes; default 150 MiB), labels.
+            num_cpus (default 1), num_gpus, resources, memory, object_store_memory (bytes; default 150 MiB), labels. Of what Ray
+                knows besides, ports and the dashboard's options mean nothing here.
 
         Raises:
             ConfigurationError: an argument that nodes do not have.
             LaunchError: it did not come up, or all of ``max_nodes`` are used up.
         """
         system = node_args.pop("_system_config", None)
+        node_args = {name: value for name, value in node_args.items() if name not in _MEANINGLESS}
         unknown = sorted(set(node_args) - set(_AMOUNTS))
         if unknown:
             raise ConfigurationError(f"a node has no {', '.join(unknown)}; it has {', '.join(_AMOUNTS)}")

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable
+from types import NoneType
 from typing import Any
 
 import msgspec
@@ -25,6 +26,7 @@ from hpc_ray.util.scheduling_strategies import (
 )
 
 Check = Callable[[str, Any], None]
+MOST = 1 << 60  # of a resource, in 1/UNIT: more than any node has, and it fits a message
 BUNDLE_MARK = UNIT // 1000  # what each task or actor takes of the marker ``bundle_group_…``, as in Ray
 
 
@@ -35,7 +37,7 @@ def _number(name: str, value: Any) -> None:
         raise ValueError(f"{name} must be finite, it is {value}")
     if value < 0:
         raise ValueError(f"{name} must not be negative, it is {value}")
-    if value and round(value * UNIT) == 0:
+    if 0 < value * UNIT <= 0.5:
         raise ValueError(f"{name}={value} is finer than the smallest amount, {1 / UNIT}")
 
 
@@ -129,18 +131,30 @@ def _groups(name: str, value: Any) -> None:
         _integer(1)(f"{name}[{key!r}]", count)
 
 
+_LABEL = r"[a-zA-Z0-9]([a-zA-Z0-9._-]{0,61}[a-zA-Z0-9])?"
+_KEY = re.compile(rf"([a-zA-Z0-9]([a-zA-Z0-9._-]{{0,251}}[a-zA-Z0-9])?/)?{_LABEL}")
+_SELECTOR = re.compile(rf"|!?({_LABEL}|in\({_LABEL}(, ?{_LABEL})*\))")
+
+
+def check_selector(name: str, selector: dict[str, str]) -> None:
+    """Raises ValueError for a label selector that Ray would not take."""
+    for key, wanted in selector.items():
+        if not _KEY.fullmatch(key):
+            raise ValueError(f"{name} has the key {key!r}, which is no label's: [prefix/]name, of at most [253/]63 of a-z, A-Z, 0-9, . _ -")
+        if not _SELECTOR.fullmatch(wanted):
+            raise ValueError(
+                f'{name}[{key!r}] must be "value", "!value", "in(a, b)" or "!in(a, b)", and a value has at most 63 of a-z, A-Z, 0-9, '
+                f". _ -; it is {wanted!r}"
+            )
+
+
 def _labels(name: str, value: Any) -> None:
     if not isinstance(value, dict):
         raise TypeError(f"{name} must be a dict of labels and what they shall be, not {type(value).__name__}")
     for key, wanted in value.items():
         if not isinstance(key, str) or not isinstance(wanted, str):
             raise TypeError(f'{name} must hold str: "value", "!value", "in(a, b)" or "!in(a, b)"; it has {key!r}: {wanted!r}')
-        if not _SELECTOR.fullmatch(wanted):
-            raise ValueError(f'{name}[{key!r}] must be "value", "!value", "in(a, b)" or "!in(a, b)", it is {wanted!r}')
-
-
-_LABEL = r"[a-zA-Z0-9]([a-zA-Z0-9._-]*[a-zA-Z0-9])?"
-_SELECTOR = re.compile(rf"!?(({_LABEL})?|in\({_LABEL}(, ?{_LABEL})*\))")
+    check_selector(name, value)
 
 
 def _fallbacks(name: str, value: Any) -> None:
@@ -149,7 +163,10 @@ def _fallbacks(name: str, value: Any) -> None:
     for item in value:
         if not isinstance(item, dict) or set(item) != {"label_selector"}:
             raise ValueError(f"{name} must hold dicts with the one key label_selector; it has {item!r}")
-        _labels(f"the label_selector in {name}", item["label_selector"])
+        selector = item["label_selector"]
+        if not isinstance(selector, (dict, NoneType)):
+            raise ValueError(f"the label_selector in {name} must be a dict, not {type(selector).__name__}")
+        _labels(f"the label_selector in {name}", selector or {})
 
 
 def _environment(name: str, value: Any) -> None:
@@ -178,6 +195,7 @@ _COMMON: dict[str, Check] = {
 }
 _TASK: dict[str, Check] = {
     **_COMMON,
+    "name": _optional(_typed(str, "a str")),  # "": as if there were none
     "num_returns": _optional(_returns),
     "max_retries": _optional(_integer(0, (-1,))),
     "retry_exceptions": _retry_exceptions,
@@ -191,8 +209,8 @@ _ACTOR: dict[str, Check] = {
     "get_if_exists": _typed(bool, "a bool"),
     "max_restarts": _optional(_integer(0, (-1,))),
     "max_task_retries": _optional(_integer(0, (-1,))),
-    "max_concurrency": _optional(_integer(1)),
-    "max_pending_calls": _optional(_integer(1, (-1,))),
+    "max_concurrency": _optional(_integer(0)),  # 0: as if it were not given, also of the next one
+    "max_pending_calls": _optional(_integer(0, (-1,))),
     "concurrency_groups": _optional(_groups),
     "allow_out_of_order_execution": _optional(_typed(bool, "a bool")),
 }
@@ -201,7 +219,7 @@ METHOD_OPTIONS: dict[str, Check] = {
     "concurrency_group": _optional(_typed(str, "a str")),
     "max_task_retries": _optional(_integer(0, (-1,))),
     "retry_exceptions": _optional(_retry_exceptions),
-    "name": _optional(_name),
+    "name": _optional(_typed(str, "a str")),  # "": as if there were none
     "enable_task_events": _typed(bool, "a bool"),
     "_generator_backpressure_num_objects": _optional(_integer(1, (-1,))),
 }
@@ -229,7 +247,7 @@ def check_actor(options: dict[str, Any]) -> None:
     _check_gang(options)
     if options.get("mpi_ranks"):
         for name in ("max_concurrency", "concurrency_groups", "allow_out_of_order_execution"):
-            if options.get(name) not in (None, 1, False, {}):
+            if options.get(name) not in (None, 0, 1, False, {}):
                 raise ValueError(f"{name} is not for gangs: each of their calls runs on all ranks, one after the other")
     _check_group(options)
     _check_gpus(options)
@@ -293,7 +311,12 @@ def amounts(options: dict[str, Any], default_cpus: float) -> Resources:
     wanted.update(options.get("resources") or {})
     if options.get("accelerator_type"):
         wanted[f"accelerator_type:{options['accelerator_type']}"] = 0.001
-    return {name: round(amount * UNIT) for name, amount in wanted.items() if amount}
+    return units(wanted)
+
+
+def units(wanted: dict[str, float]) -> Resources:
+    """Amounts as they travel."""
+    return {name: round(min(amount * UNIT, MOST)) for name, amount in wanted.items() if amount}
 
 
 def led_by_one(shape: Shape, ranks: int) -> Shape:
@@ -376,12 +399,12 @@ def strategy_of(options: dict[str, Any]) -> tuple[Strategy, PlacementGroupSchedu
         return Strategy("LABELS", hard_labels=value.describe(value.hard), soft_labels=value.describe(value.soft)), None
     selector = options.get("label_selector")
     if selector:
-        fallbacks = [_conditions(one["label_selector"]) for one in options.get("fallback_strategy") or []]
-        return Strategy("LABELS", hard_labels=_conditions(selector), fallbacks=fallbacks), None
+        fallbacks = [conditions(one["label_selector"] or {}) for one in options.get("fallback_strategy") or []]
+        return Strategy("LABELS", hard_labels=conditions(selector), fallbacks=fallbacks), None
     return Strategy(value or "DEFAULT"), None
 
 
-def _conditions(selector: dict[str, str]) -> dict[str, Any]:
+def conditions(selector: dict[str, str]) -> dict[str, Any]:
     return {key: _selector(text) for key, text in selector.items()}
 
 

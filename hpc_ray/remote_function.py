@@ -144,6 +144,10 @@ class RemoteFunction:
         other._exported = self._exported
         return Changed(other)
 
+    def _remote(self, args: Any = None, kwargs: dict[str, Any] | None = None, **options: Any) -> Any:
+        """``options`` and ``remote`` in one, as older programs and libraries write it."""
+        return (self.options(**options) if options else self).remote(*args or (), **kwargs or {})
+
     def bind(self, *args: Any, **kwargs: Any) -> FunctionNode:
         """A node of a task graph: this call, to be made by ``execute``. See ``hpc_ray.dag``."""
         return FunctionNode(self, args, kwargs, self._options)

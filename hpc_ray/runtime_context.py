@@ -50,7 +50,7 @@ class RuntimeContext:
 
     def get_session_name(self) -> str:
         """The same in all processes of the session."""
-        return f"session_{self._client.config.session}"
+        return self._client.config.session
 
     def get_temp_dir(self) -> str:
         """The folder of this node's part of the session; it goes with the session."""
@@ -149,8 +149,9 @@ class RuntimeContext:
         return found
 
     def get_accelerator_ids(self) -> dict[str, list[str]]:
-        """The GPUs of this task or actor."""
-        return {"GPU": [str(index) for index in gpu_ids()]}
+        """The GPUs of this task or actor, and the other accelerators that Ray knows."""
+        found = context.instances if context.is_worker else {}
+        return {kind: [str(index) for index, _ in found.get(kind, ())] for kind in _ACCELERATORS}
 
     def get_resource_ids(self) -> dict[str, list[str]]:
         """The older name of ``get_accelerator_ids``."""
@@ -193,6 +194,9 @@ def _shape() -> Any:
         return context.actor.spec.shape
     task = context.task.get()
     return task.shape if task is not None else None
+
+
+_ACCELERATORS = ("GPU", "TPU", "NPU", "HPU", "neuron_cores", "RBLN", "FURIOSA", "TTNPU", "MBLT")
 
 
 def gpu_ids() -> list[int]:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import bisect
 import copy
 import enum
+from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
@@ -22,6 +23,7 @@ PACK_UNTIL = 0.5  # Ray's hybrid policy: stay local up to this utilisation, then
 ANYWHERE = ("DEFAULT", "SPREAD")  # kinds of strategies that take any node
 FANOUT = 16  # of what is passed on from node to node
 _MOST_NODES = 1 << 16
+_MARK = "bundle_group_"  # how the names of the marks of bundles, and of their groups, begin
 _CRITICAL = ("CPU", "memory", "object_store_memory")  # what utilisation is measured by (Ray's choice, too)
 
 
@@ -68,19 +70,23 @@ class Choice(NamedTuple):
 class NodeView:
     """A node as seen from elsewhere. ``available`` is a private copy: its holder subtracts what it sent there."""
 
-    __slots__ = ("alive", "available", "index", "labels", "node_id", "number", "pending", "reported", "total")
+    __slots__ = ("alive", "available", "bundles", "index", "labels", "node_id", "number", "pending", "reported", "total")
 
     def __init__(self, info: NodeInfo):
         self.index = info.index
         self.node_id = info.node_id
         self.alive = info.alive
         self.available: Resources = {}
+        self.total: Resources = {}
+        self.bundles: GroupBundles | None = None  # once somebody has asked for any of a group
         self.number = 0  # of the ClusterView that said so last
         self.update(info)
 
     def update(self, info: NodeInfo) -> bool:
         """Its latest word; whether it may have room now that it had not."""
         before = self.available
+        if self.bundles is not None and info.total.keys() != self.total.keys():
+            self.bundles = None
         self.total = info.total
         self.available = dict(info.available)
         self.reported = info.available  # without what ``take`` has taken since
@@ -89,10 +95,24 @@ class NodeView:
         return any(amount > before.get(name, 0) for name, amount in self.available.items())
 
     def fits(self, demand: Resources) -> bool:
-        return _covers(self.available, demand)
+        return self._cover(self.available, demand)
 
     def feasible(self, demand: Resources) -> bool:
-        return _covers(self.total, demand)
+        return self._cover(self.total, demand)
+
+    def _cover(self, amounts: Resources, demand: Resources) -> bool:
+        grouped = False
+        for name, amount in demand.items():
+            if amount:
+                if amount > amounts.get(name, 0):
+                    return False
+                grouped = grouped or "_group_" in name
+        if not grouped:
+            return True
+        if self.bundles is None:
+            self.bundles = GroupBundles(self.total)
+        choices = self.bundles.choices(amounts, demand)
+        return choices is None or next(choices, None) is not None
 
     def take(self, demand: Resources) -> None:
         for name, amount in demand.items():
@@ -116,38 +136,69 @@ class NodeView:
         return utilisation(self.total, self.available)
 
 
-def _covers(amounts: Resources, demand: Resources) -> bool:
-    grouped = False
-    for name, amount in demand.items():
-        if amount:
-            if amount > amounts.get(name, 0):
-                return False
-            grouped = grouped or "_group_" in name
-    choices = in_bundles(amounts, demand) if grouped else None
-    return choices is None or next(choices, None) is not None
+class GroupBundles:
+    """The bundles of placement groups on a node. Those that had no room when they were looked at are last, until something of theirs
+    comes back: the first one that has room is found at once, however many there are."""
 
+    __slots__ = ("_groups",)
 
-def in_bundles(amounts: Resources, demand: Resources) -> Iterator[Resources] | None:
-    """What a demand that may go to any bundle of a placement group comes to in each bundle of a node that has enough in these
-    ``amounts``: it takes from the group and from that bundle (RES-5). None for every other demand."""
-    group = ""
-    for name in demand:
-        found = name.partition("_group_")[2] if "_group_" in name else ""
-        if found and f"bundle_group_{found}" in amounts:  # not a resource that is only called like that
-            if "_" in found:
+    def __init__(self, names: Iterable[str] = ()):
+        """``names``: the node's resources."""
+        self._groups: dict[str, OrderedDict[str, None]] = {}  # group → its bundles, as 3_<group>
+        for name in names:
+            self.add(name)
+
+    def __bool__(self) -> bool:
+        return bool(self._groups)
+
+    def add(self, name: str) -> None:
+        """The node has this resource: a bundle if it is a bundle's mark."""
+        bundle, group = _bundle_of(name)
+        if group:
+            self._groups.setdefault(group, OrderedDict())[bundle] = None
+
+    def remove(self, name: str) -> None:
+        bundle, group = _bundle_of(name)
+        if group in self._groups:
+            del self._groups[group][bundle]
+            if not self._groups[group]:
+                del self._groups[group]
+
+    def freed(self, names: Iterable[str]) -> None:
+        """Something of these resources has come back."""
+        for name in names:
+            bundle, group = _bundle_of(name)
+            if group in self._groups:
+                self._groups[group].move_to_end(bundle, last=False)
+
+    def choices(self, amounts: Resources, demand: Resources) -> Iterator[Resources] | None:
+        """What a demand that may go to any bundle of a group comes to in each bundle that has enough in these ``amounts`` of the node:
+        it takes from the group and from that bundle (RES-5). None for every other demand."""
+        group = ""
+        for name in demand:
+            found = name.partition("_group_")[2] if "_group_" in name else ""
+            if found in self._groups:
+                group = found
+            elif found and _MARK + found in amounts:  # not a resource that is only called like that
                 return None  # its bundle is given
-            group = found
-    return _in_bundles(amounts, demand, group) if group else None
+        return self._choices(amounts, demand, group) if group else None
 
-
-def _in_bundles(amounts: Resources, demand: Resources, group: str) -> Iterator[Resources]:
-    any_bundle, mark, end = f"_group_{group}", "bundle_group_", f"_{group}"
-    asked = [(name.removesuffix(group), amount) for name, amount in demand.items() if amount and name.endswith(any_bundle)]
-    for name in amounts:
-        if name.endswith(end) and name.startswith(mark) and name != mark + group:
-            bundle = name.removeprefix(mark)
+    def _choices(self, amounts: Resources, demand: Resources, group: str) -> Iterator[Resources]:
+        any_bundle, bundles = f"_group_{group}", self._groups[group]
+        asked = [(name.removesuffix(group), amount) for name, amount in demand.items() if amount and name.endswith(any_bundle)]
+        for _ in range(len(bundles)):
+            bundle = next(iter(bundles))
             if all(amounts.get(start + bundle, 0) >= amount for start, amount in asked):
                 yield {**demand, **{start + bundle: amount for start, amount in asked}}
+            bundles.move_to_end(bundle)
+
+
+def _bundle_of(name: str) -> tuple[str, str]:
+    """The bundle and the group of a bundle's mark: bundle_group_3_ab → 3_ab, ab. Nothing of other resources."""
+    if not name.startswith(_MARK):
+        return "", ""
+    bundle = name.removeprefix(_MARK)
+    return bundle, bundle.partition("_")[2]
 
 
 def utilisation(total: Resources, available: Resources) -> float:

@@ -412,7 +412,7 @@ def explain(value: Any, name: str, depth: int = 4) -> str:
         if id(part) in seen or not fails(part):
             return ""
         seen.add(id(part))
-        if left:
+        if left and not _refuses(part):
             for label, child in _parts(part):
                 found = search(child, path + label, left - 1, seen)
                 if found:
@@ -429,6 +429,17 @@ def explain_arguments(args: tuple, kwargs: dict) -> str:
         if found:
             return found
     return "the arguments together"
+
+
+def _refuses(value: Any) -> bool:
+    """Whether it is the value itself that does not want to be pickled, and not a part of it."""
+    if not any("__reduce__" in vars(kind) for kind in type(value).__mro__[:-1]):
+        return False
+    try:
+        value.__reduce__()
+    except Exception:
+        return True
+    return False
 
 
 def _short(value: Any) -> str:

@@ -49,7 +49,7 @@ class Context(Mapping):
         self.python_version = ".".join(map(str, sys.version_info[:3]))
         self.ray_version = __version__
         self.ray_commit = __commit__
-        self.dashboard_url = address_info["webui_url"] or ""
+        self.dashboard_url = address_info["webui_url"]
 
     def __getitem__(self, key: str) -> Any:
         return self.address_info[key]
@@ -447,7 +447,14 @@ def _address_info(client: Client) -> dict[str, Any]:
         "session": welcome.session,
         "session_dir": welcome.session_dir,
         "address": welcome.session,
-        "webui_url": _dashboard.address if _dashboard is not None else None,
+        "gcs_address": welcome.session,
+        "webui_url": _dashboard.address if _dashboard is not None else "",
+        # Of what there is not:
+        "redis_address": None,
+        "object_store_address": "",
+        "raylet_socket_name": "",
+        "metrics_export_port": -1,
+        "dashboard_agent_listen_port": -1,
     }
 
 

@@ -153,6 +153,7 @@ class ActorSubmitter:
         ``task`` carries the packed constructor arguments and their holds, which last until the actor has them. ``unready``: some are
         still made; the spec's dependencies follow."""
         client = self.client
+        client.work_off_released()  # an actor whose last handle has just gone leaves its name
         with client.lock:
             link = ActorLink(spec.actor_id, spec.class_name, spec.out_of_order, spec.max_pending_calls)
             self.links[link.id] = link

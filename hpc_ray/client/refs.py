@@ -189,7 +189,7 @@ class ObjectRef(Generic[T]):
         import concurrent.futures  # costs start-up time where nobody asks for it
 
         future: concurrent.futures.Future = concurrent.futures.Future()
-        self._on_completed(lambda: _fill(future, self))
+        self._when_done(lambda: _fill(future, self))
         return future
 
     def as_future(self, _internal: bool = False) -> asyncio.Future:
@@ -199,14 +199,18 @@ class ObjectRef(Generic[T]):
         loop = asyncio.get_running_loop()
         future = loop.create_future()
 
-        self._on_completed(lambda: call_in_loop(loop, _fill_unless_done, future, self))
+        self._when_done(lambda: call_in_loop(loop, _fill_unless_done, future, self))
         return future
 
     def __await__(self) -> Any:
         return self.as_future().__await__()
 
-    def _on_completed(self, callback: Callable[[], None]) -> None:
-        """Call back, in any thread, once the value or error is there."""
+    def _on_completed(self, py_callback: Callable[[Any], None]) -> ObjectRef:
+        """Call back, in any thread, with the value or the error, once it is there; the reference itself."""
+        self._when_done(lambda: py_callback(_outcome(self)))
+        return self
+
+    def _when_done(self, callback: Callable[[], None]) -> None:
         if _Hooks.add_done_callback is None:
             raise RuntimeError("not connected: call init() first")
         _Hooks.add_done_callback(self._entry, callback)
@@ -223,6 +227,14 @@ def call_in_loop(loop: asyncio.AbstractEventLoop, function: Callable, *args: Any
     except RuntimeError:
         if not loop.is_closed():
             raise
+
+
+def _outcome(reference: ObjectRef) -> Any:
+    assert _Hooks.get is not None
+    try:
+        return _Hooks.get(reference)
+    except Exception as error:
+        return error
 
 
 def _fill(future: concurrent.futures.Future, reference: ObjectRef) -> None:

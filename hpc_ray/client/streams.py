@@ -203,7 +203,7 @@ class ObjectRefGenerator:
         return f"ObjectRefGenerator({self._life.task_id().hex()})"
 
     def __reduce__(self) -> Any:
-        raise TypeError("Serialization of ObjectRefGenerator is not supported: iterate over it here and pass on its references.")
+        raise TypeError("Serialization of ObjectRefGenerator is not supported: iterate over it here and pass on its references")
 
 
 def _settle(waiting: Any) -> None:

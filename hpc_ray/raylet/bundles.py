@@ -58,6 +58,7 @@ class Bundles(Leases):
 
     def init_bundles(self) -> None:
         self.bundles: dict[tuple[bytes, int], Bundle] = {}
+        self.releasing: set[bytes] = set()  # groups with RELEASING bundles
 
     @handles(PrepareBundles)
     def on_prepare_bundles(self, event: PrepareBundles, source: int) -> None:
@@ -98,6 +99,7 @@ class Bundles(Leases):
                 self._forget(bundle)
             elif bundle.state is BundleState.COMMITTED:
                 self._step(bundle, BundleState.RELEASING, "ReleaseBundles")
+                self.releasing.add(event.group_id)
         if event.attempt == -1:
             self.drop_group(event.group_id)
         if event.kill:
@@ -114,13 +116,14 @@ class Bundles(Leases):
 
     def finish_releases(self, group_id: bytes) -> None:
         """Give room back once nobody uses the group here any more (BUNDLE-3)."""
-        going = [bundle for bundle in self._of(group_id) if bundle.state is BundleState.RELEASING]
-        if not going or any(lease.shape.group_id == group_id for lease in self.leases.values()):
+        if group_id not in self.releasing or any(lease.shape.group_id == group_id for lease in self.leases.values()):
             return
-        for bundle in going:
-            self._step(bundle, BundleState.GONE, "last lease closed")
-            self.pool.remove(bundle.names, bundle.instances)
-            self._forget(bundle)
+        self.releasing.remove(group_id)
+        for bundle in self._of(group_id):
+            if bundle.state is BundleState.RELEASING:
+                self._step(bundle, BundleState.GONE, "last lease closed")
+                self.pool.remove(bundle.names, bundle.instances)
+                self._forget(bundle)
 
     def _forget(self, bundle: Bundle) -> None:
         self.pool.give_back(bundle.grant)

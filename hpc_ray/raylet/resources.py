@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from hpc_ray.protocol import UNIT, Resources
-from hpc_ray.scheduling import in_bundles
+from hpc_ray.scheduling import GroupBundles
 
 ACCELERATORS = frozenset({"GPU", "TPU", "NPU", "HPU", "FPGA", "neuron_cores", "RBLN", "FURIOSA"})
 BUNDLE_UNITS = 1000 * UNIT  # of the marker ``bundle_group_…``, as in Ray
@@ -63,7 +63,7 @@ class ResourcePool:
         self.gains = 0  # how often something may have become free
         self._capacity: dict[str, dict[int, int]] = {}
         self._free: dict[str, dict[int, int]] = {}
-        self._groups: set[str] = set()  # names of markers of bundles; without any, demands are taken as they are
+        self._bundles = GroupBundles()  # without any, demands are taken as they are
         self.add(total)
 
     # -- the node's total
@@ -74,8 +74,7 @@ class ResourcePool:
         for name, amount in names.items():
             self.total[name] = self.total.get(name, 0) + amount
             self.available[name] = self.available.get(name, 0) + amount
-            if name.startswith("bundle_group_"):
-                self._groups.add(name)
+            self._bundles.add(name)
             if base_name(name) in ACCELERATORS:
                 capacity = self._capacity.setdefault(name, {})
                 free = self._free.setdefault(name, {})
@@ -98,7 +97,7 @@ class ResourcePool:
                 del self.total[name], self.available[name]
                 self._capacity.pop(name, None)
                 self._free.pop(name, None)
-                self._groups.discard(name)
+                self._bundles.remove(name)
 
     def change_total(self, target: Resources) -> None:
         """Have these totals from now on, apart from those of placement groups. What is granted stays so: where less is left
@@ -126,7 +125,7 @@ class ResourcePool:
                 return False
             if amount and name in self._capacity and not _pick(self._capacity[name], self._capacity[name], amount):
                 return False
-        return not self._groups or self._as_taken(demand, self.total, self.feasible) is not None
+        return not self._bundles or self._as_taken(demand, self.total, self.feasible) is not None
 
     def fits(self, demand: Resources) -> bool:
         """Can it be granted now?"""
@@ -135,18 +134,18 @@ class ResourcePool:
                 return False
             if amount and name in self._free and not _pick(self._free[name], self._capacity[name], amount):
                 return False
-        return not self._groups or self._as_taken(demand, self.available, self.fits) is not None
+        return not self._bundles or self._as_taken(demand, self.available, self.fits) is not None
 
     def _as_taken(self, demand: Resources, amounts: Resources, has_room: Callable[[Resources], bool]) -> Resources | None:
         """What a grant takes: the demand, and that of the first bundle with room if any will do (RES-5); None if none has room."""
-        choices = in_bundles(amounts, demand)
+        choices = self._bundles.choices(amounts, demand)
         return demand if choices is None else next(filter(has_room, choices), None)
 
     # -- grants
 
     def grant(self, demand: Resources) -> Grant | None:
         """Take it, all or nothing."""
-        taken = self._as_taken(demand, self.available, self.fits) if self._groups else demand
+        taken = self._as_taken(demand, self.available, self.fits) if self._bundles else demand
         if taken is None or not self.fits(taken):
             return None
         picked = self._pick_instances(taken)
@@ -168,6 +167,8 @@ class ResourcePool:
         for name, parts in grant.instances.items():
             for index, part in parts:
                 self._free[name][index] += part
+        if self._bundles:
+            self._bundles.freed(grant.amounts)
         grant.amounts, grant.instances, grant.parked = {}, {}, {}
 
     def park_cpus(self, grant: Grant) -> bool:
@@ -178,6 +179,8 @@ class ResourcePool:
         grant.parked = {name: n for name, n in grant.amounts.items() if base_name(name) == "CPU"}
         for name, amount in grant.parked.items():
             self.available[name] += amount
+        if self._bundles:
+            self._bundles.freed(grant.amounts)
         return bool(grant.parked)
 
     def retake(self, grant: Grant) -> None:

@@ -6,7 +6,6 @@ Relied on by programs and libraries that place work. The group itself lives at t
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Callable
 from typing import Any
 
@@ -15,7 +14,7 @@ from hpc_ray.client import context
 from hpc_ray.client.refs import ObjectRef
 from hpc_ray.exceptions import GetTimeoutError, RaySystemError
 from hpc_ray.ids import GCS_ADDRESS, PlacementGroupID
-from hpc_ray.options import _selector
+from hpc_ray.options import check_selector, conditions, units
 from hpc_ray.protocol import UNIT
 from hpc_ray.remote_function import RemoteFunction
 from hpc_ray.runtime_context import get_runtime_context
@@ -23,8 +22,6 @@ from hpc_ray.session import ensure_connected
 from hpc_ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 STRATEGIES = ("PACK", "SPREAD", "STRICT_PACK", "STRICT_SPREAD")
-_LABEL = r"[a-zA-Z0-9](?:[a-zA-Z0-9._-]{0,61}[a-zA-Z0-9])?"
-_SELECTOR = re.compile(rf"!?(?:{_LABEL}|in\(\s*{_LABEL}(?:\s*,\s*{_LABEL})*\s*\))?")
 _BUNDLES_EXAMPLE = 'for example [{"CPU": 1.0}, {"GPU": 1.0}]'
 
 
@@ -165,7 +162,7 @@ def placement_group(
         GCS_ADDRESS,
         "create_placement_group",
         group_id=group_id,
-        bundles=[{key: round(amount * UNIT) for key, amount in bundle.items() if amount} for bundle in checked],
+        bundles=[units(bundle) for bundle in checked],
         strategy=strategy,
         name=name,
         namespace=context.namespace,
@@ -196,7 +193,7 @@ def _check_bundles(bundles: Any) -> list[dict[str, float]]:
             raise ValueError(f"Bundles must be a list of resource dictionaries, {_BUNDLES_EXAMPLE}; one is {bundle!r}.")
         if not any(bundle.values()):
             raise ValueError(f"Bundles cannot be an empty dictionary or resources with only 0 values. Bundles: {bundles}")
-        if any(amount < 0 or (amount and round(amount * UNIT) == 0) for amount in bundle.values()):
+        if any(amount < 0 or (amount and amount * UNIT <= 0.5) for amount in bundle.values()):
             raise ValueError(f"Amounts must not be negative, nor below {1 / UNIT}; one bundle is {bundle!r}.")
         if "bundle" in bundle:
             raise RaySystemError("bundle is a system reserved resource, which is not allowed to be used in placement group.")
@@ -207,7 +204,7 @@ def _check_selectors(selectors: Any, count: int) -> list[dict[str, Any]]:
     if not selectors:
         return []
     if not isinstance(selectors, list):
-        raise TypeError(f"bundle_label_selector must be a list, not {type(selectors).__name__}")
+        raise ValueError(f"bundle_label_selector must be a list, not {type(selectors).__name__}")
     if len(selectors) != count:
         raise ValueError(f"Invalid bundle label selector {selectors}: there are {count} bundles, and it needs one for each.")
     for selector in selectors:
@@ -215,10 +212,8 @@ def _check_selectors(selectors: Any, count: int) -> list[dict[str, Any]]:
             isinstance(key, str) and isinstance(text, str) for key, text in selector.items()
         ):
             raise ValueError(f"A bundle's label selector is a dictionary of strings, not {selector!r}.")
-        for text in selector.values():
-            if not _SELECTOR.fullmatch(text):
-                raise ValueError(f"{text!r} is no label selector: a label, in(label, label ...), or one of these after a '!'.")
-    return [{key: _selector(text) for key, text in selector.items()} for selector in selectors]
+        check_selector("bundle_label_selector", selector)
+    return [conditions(selector) for selector in selectors]
 
 
 def _specs(bundles: list[dict[str, int]]) -> list[dict[str, float]]:

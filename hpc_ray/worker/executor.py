@@ -19,7 +19,7 @@ import sys
 import threading
 from collections import deque
 from functools import partial
-from types import CoroutineType, GeneratorType
+from types import GeneratorType
 from typing import Any
 
 from hpc_ray import serialize
@@ -243,13 +243,19 @@ class Executor:
                     continue  # it begins now
                 self.client.callbacks.append(partial(self.reply_cancelled, *item))
                 return
+        if (waiting := self.host.waiting.pop(message.task_id, None)) is not None:
+            self.client.callbacks.append(partial(self.reply_cancelled, *waiting))
+            return
         found = self.running.get(message.task_id)
+        if found is None and (self.actor is None or self.host.knows(message.task_id)):
+            self.cancelled.add(message.task_id)  # it begins now, or is over: see ``execute`` and ``execute_async``
+            found = self.running.get(message.task_id) if self.actor is not None else None
         if found is None:
-            if self.actor is None:
-                self.cancelled.add(message.task_id)  # it begins now, or is over: see ``execute``
             return
         running = found[0]
         self.cancelled.add(message.task_id)
+        if self.actor is not None:
+            self.results.consumed(message.task_id, -1)  # a method is not interrupted while its stream waits
         if message.recursive:
             self.cancel_children(message)
         if isinstance(running, asyncio.Task):
@@ -265,12 +271,11 @@ class Executor:
                 submitter.cancel(task, message.force, True)
 
     def reply_cancelled(self, source: int, task: PushTask) -> None:
-        results = [self.cancelled_result(task)] * abs(task.num_returns)
-        self.client.send(source, TaskReply(task.task_id, task.attempt, results, 0))
+        self.client.send(source, TaskReply(task.task_id, task.attempt, self.cancelled_results(task), 0))
 
-    def cancelled_result(self, task: PushTask) -> Result:
-        """That of a task without an error of its own: it had not started, or did not heed the wish."""
-        return Result(ERROR, serialize.dumps(TaskCancelledError(TaskID(task.task_id))))
+    def cancelled_results(self, task: PushTask) -> list[Result]:
+        """Those of a task without an error of its own: it had not started, or did not heed the wish."""
+        return [Result(ERROR, serialize.dumps(TaskCancelledError(TaskID(task.task_id))))] * abs(task.num_returns)
 
     # -------------------------------------------------------------- the main thread
 
@@ -393,8 +398,6 @@ class Executor:
                     called = now_ns()
                     value = self.call(task, args, kwargs)
                 args = kwargs = None  # type: ignore[assignment]
-                if type(value) is CoroutineType:
-                    value = asyncio.run(_await(value))
                 returned = now_ns()
             finally:
                 self.running.pop(task.task_id, None)
@@ -406,7 +409,7 @@ class Executor:
             retryable = False
             value = None
             if self.cancelled and task.actor_id and task.task_id in self.cancelled:
-                results, failed = [self.cancelled_result(task)] * abs(task.num_returns), True
+                results, failed = self.cancelled_results(task), True
             self.interruptible = b""
         except (LeaveProcess, SystemExit) as error:
             self.interruptible = b""
@@ -558,10 +561,6 @@ def _module_of(function: Any, cls: Any = None) -> str:
     if module == "__main__" and code is not None and not code.co_filename.startswith("<"):
         return os.path.splitext(os.path.basename(code.co_filename))[0]
     return module
-
-
-async def _await(value: Any) -> Any:
-    return await value
 
 
 def _interrupt_main() -> None:

@@ -44,7 +44,9 @@ class ActorHost:
         self.client = executor.client
         self.results = executor.results
         self.pools: dict[str, ThreadPoolExecutor] = {}  # threaded actors, by concurrency group
+        self.waiting: dict[bytes, tuple[int, PushTask]] = {}  # the calls that wait for a thread of their pool
         self.methods: dict[str, Any] = {}
+        self.coroutines: set[str] = set()  # names of those that are coroutine functions
         self.loop: asyncio.AbstractEventLoop | None = None  # asyncio actors
         self.groups: dict[str, _Group] = {}
         self.stopped = asyncio.Event()  # they shall end
@@ -61,6 +63,8 @@ class ActorHost:
         if method is None:
             assert self.executor.actor is not None
             method = self.methods[task.name] = getattr(self.executor.actor.instance, task.name)
+            if inspect.iscoroutinefunction(method):
+                self.coroutines.add(task.name)
         if task.extras:
             assert self.executor.actor is not None
             group, known = self.executor.extras(task.extras).get("concurrency_group"), self.executor.actor.spec.concurrency_groups
@@ -191,11 +195,14 @@ class ActorHost:
                 self.executor.leaving = getattr(item, "reason", "") or "terminated"
                 break
             pool = self.pools.get(self.group_of(item)) or self.pools[""]
+            self.waiting[item.task_id] = source, item
             pool.submit(self.execute_in_thread, source, item)
         for pool in self.pools.values():
             pool.shutdown(wait=True)
 
     def execute_in_thread(self, source: int, task: PushTask) -> None:
+        if self.waiting.pop(task.task_id, None) is None:
+            return  # cancelled meanwhile
         self.executor.execute(source, task)
         self.look_whether_leaving()
 
@@ -235,7 +242,7 @@ class ActorHost:
                         group.waiting.append((source, item))
                         group.loop.call_soon_threadsafe(begin_next, group)
                     else:
-                        default.begin(self.execute_async(source, item, default))
+                        default.begin(self.execute_async(source, item, default), item)
                 else:
                     self.executor.leaving = getattr(item, "reason", "") or "terminated"
                     self.stop()
@@ -246,14 +253,14 @@ class ActorHost:
                 start()
 
         def begin_graph(graph: Graph) -> None:
-            default.begin(graph.run_async()).add_done_callback(default.alive.discard)
+            default.begin(graph.run_async()).add_done_callback(default.alive.pop)
 
         def begin_next(group: _Group) -> None:
             try:
                 source, item = group.waiting.popleft()
             except IndexError:
                 return  # cancelled meanwhile
-            group.begin(self.execute_async(source, item, group))
+            group.begin(self.execute_async(source, item, group), item)
 
         async def live() -> None:
             sort()
@@ -276,6 +283,11 @@ class ActorHost:
         except Exception:  # its options cannot be read: it fails again where that is the call's error
             return self.groups[""]
 
+    def knows(self, task_id: bytes) -> bool:
+        """Whether a loop of an asyncio actor has this call, be it that it has not come to it yet."""
+        calls = [call for group in self.groups.values() for call in list(group.alive.values())]
+        return any(call is not None and call.task_id == task_id for call in calls)
+
     def stop(self) -> None:
         """End the loop of an asyncio actor that is to leave. Any thread."""
         assert self.loop is not None
@@ -288,25 +300,30 @@ class ActorHost:
         current = self.executor.context_of(task)
         loans: list[Entry] = []
         started = now_ns()
-        failed = False
+        begun = failed = False
         self.executor.running[task.task_id] = (job, current, 0)
         try:
+            if self.executor.cancelled:
+                self.results.raise_if_cancelled(task)
             async with group.limit:
-                started = now_ns()
+                begun, started = True, now_ns()
                 self.executor.running[task.task_id] = (job, current, started)
                 context.task.set(current)
-                results, loans = await self.call_async(source, task)
+                results = await self.call_async(source, task, loans)
             retryable = False
         except (LeaveProcess, AsyncioActorExit, SystemExit) as error:
             self.executor.leave_by(error)
             self.stop()
             return
         except BaseException as error:
-            results, retryable = self.results.pack_error(source, task, error)
+            if begun:
+                results, retryable = self.results.pack_error(source, task, error)
+            else:
+                results, retryable = self.executor.cancelled_results(task), False
             failed = True
         finally:
             self.executor.running.pop(task.task_id, None)
-            group.alive.discard(job)
+            group.alive.pop(job, None)
         if self.executor.cancelled:
             self.executor.cancelled.discard(task.task_id)  # too late
         ended = now_ns()
@@ -316,23 +333,25 @@ class ActorHost:
             )
         self.executor.reply(source, task, results, loans, ended - started, retryable)
 
-    async def call_async(self, source: int, task: PushTask) -> tuple[list[Result], list[Entry]]:
+    async def call_async(self, source: int, task: PushTask, loans: list[Entry]) -> list[Result]:
+        """What a call gives. ``loans`` gets the references that came with its arguments, also if it fails (EXEC-2)."""
         if any(d.result.kind == ARENA and d.result.node != self.client.node for d in task.dependencies):
-            args, kwargs, loans = await asyncio.get_running_loop().run_in_executor(None, self.executor.arguments, task)
+            args, kwargs, found = await asyncio.get_running_loop().run_in_executor(None, self.executor.arguments, task)
         else:
-            args, kwargs, loans = self.executor.arguments(task)
+            args, kwargs, found = self.executor.arguments(task)
+        loans += found
         value = self.method_of(task)(*args, **kwargs)
         del args, kwargs
-        if inspect.isawaitable(value):
+        if task.name in self.coroutines:  # a coroutine that another method returns is a value, which does not travel, as in Ray
             value = await value
         if self.executor.cancelled:
             self.results.raise_if_cancelled(task)
         if inspect.isasyncgen(value) and task.num_returns:
             self.results.check_async_generator(task)
-            return await self.results.send_items_async(source, task, value), loans
+            return await self.results.send_items_async(source, task, value)
         if task.num_returns < 0 and inspect.isgenerator(value):
-            return self.results.send_items(source, task, value), loans
-        return self.results.pack_results(source, task, value), loans
+            return self.results.send_items(source, task, value)
+        return self.results.pack_results(source, task, value)
 
 
 class _Group:
@@ -342,7 +361,7 @@ class _Group:
         self.loop = loop
         self.limit = asyncio.Semaphore(size)
         self.waiting: deque[tuple[int, PushTask]] = deque()  # for the loop to begin them
-        self.alive: set[asyncio.Task] = set()
+        self.alive: dict[asyncio.Task, PushTask | None] = {}  # None for a graph
 
     @classmethod
     def in_thread(cls, name: str, size: int) -> _Group:
@@ -356,10 +375,10 @@ class _Group:
         threading.Thread(target=run, name=name, daemon=True).start()
         return cls(loop, size)
 
-    def begin(self, work: Coroutine) -> asyncio.Task:
+    def begin(self, work: Coroutine, call: PushTask | None = None) -> asyncio.Task:
         """Its end is to be told to ``alive``."""
         job = self.loop.create_task(work)
-        self.alive.add(job)
+        self.alive[job] = call
         return job
 
     async def wait_empty(self) -> None:

@@ -121,6 +121,8 @@ class Results:
                     if flow is not None:
                         while (waiter := flow.wait_after(index)) is not None:
                             self.client.block(waiter)
+                    if self.executor.cancelled and task.actor_id and task.task_id in self.executor.cancelled:
+                        return self.executor.cancelled_results(task)  # a method is not interrupted, but nobody wants more of it
                 return []
             finally:
                 self.executor.running.pop(task.task_id, None)
@@ -175,9 +177,13 @@ class Results:
             raise asyncio.CancelledError
 
     def on_items_consumed(self, source: int, message: ItemsConsumed) -> None:
-        flow = self.flows.get(message.task_id)
+        self.consumed(message.task_id, message.count)
+
+    def consumed(self, task_id: bytes, count: int) -> None:
+        """So many items of a stream are used; -1: it need not wait for that any more."""
+        flow = self.flows.get(task_id)
         if flow is not None:
-            flow.consume(message.count)
+            flow.consume(count)
 
     def pack(self, source: int, task: PushTask, index: int, value: Any) -> Result:
         client = self.client

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import gc
 import os
 import signal
 import threading
+import time
 from pathlib import Path
 
 import numpy as np
@@ -1063,6 +1065,177 @@ def test_cancelled_whatever_its_coroutine_does(ray, gate):
         assert isinstance(caught.value, exceptions.RayTaskError)
     assert next(items, None) is None
     assert ray.get(actor.fine.remote(), timeout=30) == 1
+
+
+@pytest.mark.parametrize("limit", [1, 10])
+def test_cancel_async_call_that_waits(ray, gate, limit):
+    """For the loop, which something blocks, or for its turn: it never begins."""
+
+    @ray.remote(max_concurrency=limit)
+    class Blocking:
+        def __init__(self):
+            self.ran = []
+
+        async def block(self, gate, name):
+            return gate.wait(name)
+
+        async def run(self):
+            self.ran.append(1)
+
+        async def look(self):
+            return self.ran
+
+    actor = Blocking.remote()
+    calls = [actor.block.remote(gate, "first")]
+    gate.await_arrivals(1, "first")
+    calls.append(actor.block.remote(gate, "second"))
+    waiting = actor.run.remote()
+    time.sleep(0.1)
+    gate.open("first")  # the loop gets both now, and begins one
+    gate.await_arrivals(1, "second")
+    ray.cancel(waiting)
+    time.sleep(0.2)
+    gate.open("second")
+    with pytest.raises(exceptions.TaskCancelledError) as caught:
+        ray.get(waiting, timeout=30)
+    assert not isinstance(caught.value, exceptions.RayTaskError)
+    assert ray.get(calls, timeout=30) == ["passed", "passed"]
+    assert ray.get(actor.look.remote(), timeout=30) == []
+
+
+def test_the_name_of_an_actor_whose_handle_has_gone_is_free(ray):
+    for _ in range(10):
+        actor = ray.remote(num_cpus=0, name="again and again")(Counter).remote()
+        assert ray.get(actor.__ray_ready__.remote(), timeout=30)
+        del actor
+
+
+def test_cancel_call_that_waits_for_a_thread(ray, gate):
+    @ray.remote(max_concurrency=2)
+    class Threaded:
+        def __init__(self):
+            self.ran = []
+
+        def block(self, gate):
+            return gate.wait()
+
+        def run(self, name):
+            self.ran.append(name)
+
+        def look(self):
+            return self.ran
+
+    actor = Threaded.remote()
+    blocked = [actor.block.remote(gate) for _ in range(2)]
+    gate.await_arrivals(2)
+    cancelled, other = actor.run.remote("cancelled"), actor.run.remote("other")
+    time.sleep(0.1)
+    ray.cancel(cancelled)
+    with pytest.raises(exceptions.TaskCancelledError):
+        ray.get(cancelled, timeout=30)  # at once: no thread is free yet
+    gate.open()
+    assert ray.get([*blocked, other], timeout=30) == ["passed", "passed", None]
+    assert ray.get(actor.look.remote(), timeout=30) == ["other"]
+
+
+@pytest.mark.parametrize("kind", ["plain", "threaded"])
+def test_cancelled_stream_of_a_method_ends(ray, gate, kind):
+    """With its next item: the method is not interrupted, but nobody wants more of it."""
+
+    class Endless:
+        def __init__(self):
+            self.ended = False
+
+        def items(self, gate):
+            try:
+                yield 1
+                gate.wait()
+                yield 2
+                while True:
+                    yield 3
+            finally:
+                self.ended = True
+
+        def look(self):
+            return self.ended
+
+    actor = ray.remote(max_concurrency=2 if kind == "threaded" else 1)(Endless).remote()
+    items = actor.items.remote(gate)
+    assert ray.get(next(items), timeout=30) == 1
+    gate.await_arrivals(1)
+    ray.cancel(items)
+    time.sleep(0.2)
+    gate.open()
+    with pytest.raises(exceptions.TaskCancelledError):
+        ray.get(list(items), timeout=30)
+    assert ray.get(actor.look.remote(), timeout=30)
+
+
+def test_cancelled_stream_does_not_wait_for_its_consumer(ray):
+    @ray.remote
+    class Limited:
+        @ray.method(_generator_backpressure_num_objects=1)
+        def items(self):
+            yield from range(100)
+
+        def look(self):
+            return True
+
+    actor = Limited.remote()
+    items = actor.items.remote()
+    assert ray.get(next(items), timeout=30) == 0
+    ray.cancel(items)
+    with pytest.raises(exceptions.TaskCancelledError):
+        ray.get(items.completed(), timeout=10)
+    assert ray.get(actor.look.remote(), timeout=10)
+
+
+def test_finaliser_of_the_class_is_for_its_instances(ray, capfd):
+    """What ``options`` gives, and the actor class, are none."""
+
+    class Finalised:
+        def __init__(self):
+            self.ready = True
+
+        def __del__(self):
+            assert self.ready
+
+    actor_class = ray.remote(Finalised)
+    actor_class.options(num_cpus=0)
+    del actor_class
+    gc.collect()
+    assert "ready" not in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("kind", ["plain", "threaded", "asyncio"])
+def test_references_of_a_call_that_fails(ray, store, eventually, kind):
+    """What came with its arguments and stays in the actor is borrowed; what does not stay goes (EXEC-2)."""
+
+    class Plain:
+        kept = None
+
+        def keep(self, box, stays):
+            self.kept = box if stays else None
+            raise LookupError("kept")
+
+        def look(self):
+            return None if self.kept is None else len(ray.get(self.kept[0]))
+
+    class Asyncio(Plain):
+        async def keep(self, box, stays):
+            self.kept = box if stays else None
+            raise LookupError("kept")
+
+    before = store()["objects"]
+    actor = ray.remote(max_concurrency=2 if kind == "threaded" else None)(Asyncio if kind == "asyncio" else Plain).remote()
+    for stays in (True, False):
+        reference = ray.put(bytes(1 << 20))
+        with pytest.raises(LookupError):
+            ray.get(actor.keep.remote([reference], stays), timeout=30)
+        del reference
+        time.sleep(0.1)
+        assert ray.get(actor.look.remote(), timeout=30) == (1 << 20 if stays else None)
+    eventually(lambda: store()["objects"] == before, "all objects gone")
 
 
 def test_async_concurrency_groups(ray, gate):

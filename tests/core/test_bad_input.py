@@ -69,6 +69,7 @@ BAD_OPTIONS = {
     "strategy's type": ({"scheduling_strategy": 3}, TypeError, "scheduling_strategy"),
     "runtime_env": ({"runtime_env": "conda"}, TypeError, "runtime_env"),
     "name": ({"name": 3}, TypeError, "name"),
+    "label's key": ({"label_selector": {"my zone": "a"}}, ValueError, "label_selector.*'my zone'"),
     "label that is no text": ({"label_selector": {"zone": 1}}, TypeError, "label_selector.*'zone': 1"),
 }
 TASKS_ONLY = {
@@ -81,7 +82,7 @@ TASKS_ONLY = {
 }
 ACTORS_ONLY = {
     "restarts": ({"max_restarts": -2}, ValueError, "max_restarts"),
-    "concurrency": ({"max_concurrency": 0}, ValueError, "max_concurrency"),
+    "concurrency": ({"max_concurrency": -1}, ValueError, "max_concurrency"),
     "lifetime": ({"lifetime": "eternal"}, ValueError, "eternal"),
     "empty name": ({"name": ""}, ValueError, "name"),
     "nameless get_if_exists": ({"get_if_exists": True}, ValueError, "name"),
@@ -94,6 +95,15 @@ ACTORS_ONLY = {
 def test_amounts_that_are_not_finite(ray, function, value):
     with pytest.raises(ValueError, match="num_cpus"):
         function.options(num_cpus=value)
+
+
+@pytest.mark.parametrize("options", [{"memory": 10**16}, {"num_cpus": 1e308}, {"resources": {"a": 10**400}}])
+def test_amounts_that_no_node_has(ray, function, options):
+    waiting = function.options(**options).remote()
+    assert ray.wait([waiting], timeout=0.2) == ([], [waiting])
+    ray.cancel(waiting)
+    with pytest.raises(exceptions.TaskCancelledError):
+        ray.get(waiting, timeout=10)
 
 
 @pytest.mark.parametrize("case", [*BAD_OPTIONS, *TASKS_ONLY])
@@ -189,6 +199,18 @@ def test_unserialisable_argument_says_which_attribute(ray, function, actor_class
         with pytest.raises(TypeError, match="culprit") as caught:
             call()
         assert "lock" in str(caught.value)
+
+
+def test_stream_as_an_argument(ray, function):
+    """The error names the stream: not a part of it, which is the runtime's."""
+
+    @ray.remote
+    def count():
+        yield 1
+
+    for pass_on in (lambda: function.remote([count.remote()]), lambda: ray.put([count.remote()])):
+        with pytest.raises(TypeError, match=r"pass on its references\. The part at fault: (argument 0|value)\[0\] \(ObjectRefGenerator: "):
+            pass_on()
 
 
 def test_unserialisable_put(ray):

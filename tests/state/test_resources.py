@@ -5,8 +5,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from hpc_ray.options import BUNDLE_MARK, in_bundle
-from hpc_ray.protocol import UNIT
+from hpc_ray.protocol import UNIT, NodeInfo
 from hpc_ray.raylet.resources import ResourcePool, bundle_names
+from hpc_ray.scheduling import NodeView
 
 GROUP = b"g" * 18
 
@@ -125,6 +126,35 @@ def test_whoever_may_use_any_bundle_uses_one():
 def test_who_takes_nothing_of_a_bundle_takes_its_mark():
     pool = group_of({"CPU": 1}, CPU=1)
     assert pool.grant(inside(-1)).amounts == {f"bundle_group_{GROUP.hex()}": BUNDLE_MARK, f"bundle_group_0_{GROUP.hex()}": BUNDLE_MARK}
+
+
+def test_a_bundle_with_room_is_found_at_once():
+    """Of many, most of them full; also the one that something came back to, and one of a view on the node."""
+
+    class Amounts(dict):
+        looked = 0
+
+        def get(self, *args):
+            Amounts.looked += 1
+            return super().get(*args)
+
+    pool = group_of(*[{"CPU": 1}] * 200, CPU=200)
+    pool.available = Amounts(pool.available)
+    demand = inside(-1, CPU=1)
+    grants = [pool.grant(demand) for _ in range(200)]
+    assert Amounts.looked < 200 * 20 and not pool.fits(demand)
+    view = NodeView(NodeInfo(b"", 0, "", "", 0, pool.total, pool.available, {}))
+    for one in (grants[70], grants[130]):
+        pool.give_back(one)
+        Amounts.looked = 0
+        again = pool.grant(demand)
+        assert again is not None and Amounts.looked < 20
+        pool.give_back(again)
+        view.update(NodeInfo(b"", 0, "", "", 0, pool.total, pool.available, {}))
+        assert view.fits(demand) and view.feasible(demand)
+        pool.grant(demand)
+    view.update(NodeInfo(b"", 0, "", "", 0, {}, {}, {}))
+    assert not view.fits(demand) and not view.feasible(demand)
 
 
 def test_resources_that_are_called_like_those_of_groups():
