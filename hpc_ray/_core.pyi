@@ -134,7 +134,7 @@ class MpiStream:
     """Frames from the lanes of one node to those of others, as messages of MPI (``native/mpi_stream.h``). Of one thread.
 
     Args:
-        mpi: see ``transport.mpi_calls``.
+        mpi: see ``transport.mpi``.
         ranks: by node, those of the links.
         node: whose end this is.
         chunk_bytes: at most so many in a message of MPI.

@@ -243,7 +243,7 @@ nb::object receive_background(Lane& lane, nb::handle deadline_s, u64 limit) {
     }
 }
 
-// Of the MPI that mpi4py has loaded: see transport/mpi_calls.py.
+// Of the MPI that mpi4py has loaded: see _calls in transport/mpi.py.
 Mpi mpi_of(const nb::dict& found) {
     auto number = [&](const char* name) { return nb::cast<u64>(found[name]); };
     Mpi mpi;

@@ -7,6 +7,7 @@ all are quiet and bells ring (``bells``), ``SLEEP_S`` may pass between two looks
 
 from __future__ import annotations
 
+import ctypes
 import struct
 import time
 from collections import deque
@@ -17,7 +18,6 @@ from mpi4py import MPI
 from hpc_ray._core import MpiStream
 from hpc_ray.transport import Deliver, Event, Objects, PeerLost, TransferEnded, Transport, Turn
 from hpc_ray.transport.bells import LIVELY_S, QUIET_S, Bells
-from hpc_ray.transport.mpi_calls import calls
 
 CHUNK_BYTES = 256 * 1024
 RING_SLOTS = 8
@@ -94,7 +94,7 @@ class MPITransport(Transport):
         self._bells = bells
         self._asleep = False  # the last ``sleep_s`` allowed it
         self._stream = MpiStream(
-            calls(self._comm),
+            _calls(self._comm),
             ranks,
             self.node,
             chunk_bytes=CHUNK_BYTES,
@@ -323,3 +323,24 @@ class MPITransport(Transport):
 
 
 _LOSSES = {getattr(MPI, name) for name in ("ERR_PROC_FAILED", "ERR_PROC_FAILED_PENDING", "ERR_REVOKED") if hasattr(MPI, name)}
+
+_FUNCTIONS = ("MPI_Issend", "MPI_Irecv", "MPI_Test", "MPI_Wait", "MPI_Cancel", "MPI_Request_free", "MPI_Get_count")
+_MARK = 0x5A17C0DE
+
+
+def _calls(communicator: MPI.Comm) -> dict[str, int]:
+    """How ``MpiStream`` reaches the MPI that mpi4py has loaded: its functions by their addresses, its handles as the integers that they are."""
+    library = ctypes.CDLL(MPI.__file__)  # mpi4py's module: a symbol is looked for there and in what it is linked with
+    found = {name: ctypes.cast(getattr(library, name), ctypes.c_void_p).value or 0 for name in _FUNCTIONS}
+    status = MPI.Status()
+    status.Set_source(_MARK)
+    size = MPI._sizeof(MPI.Status)
+    return found | {
+        "comm": MPI._handleof(communicator),
+        "byte": MPI._handleof(MPI.BYTE),
+        "request_null": MPI._handleof(MPI.REQUEST_NULL),
+        "request_bytes": MPI._sizeof(MPI.Request),
+        "status_bytes": size,
+        "source_at": ctypes.string_at(MPI._addressof(status), size).index(struct.pack("i", _MARK)),
+        "any_source": MPI.ANY_SOURCE,
+    }
