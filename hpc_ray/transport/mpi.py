@@ -329,7 +329,7 @@ _MARK = 0x5A17C0DE
 
 
 def _calls(communicator: MPI.Comm) -> dict[str, int]:
-    """How ``MpiStream`` reaches the MPI that mpi4py has loaded: its functions by their addresses, its handles as the integers that they are."""
+    """How ``MpiStream`` reaches the MPI that mpi4py has loaded: functions by their addresses, handles as the integers that they are."""
     library = ctypes.CDLL(MPI.__file__)  # mpi4py's module: a symbol is looked for there and in what it is linked with
     found = {name: ctypes.cast(getattr(library, name), ctypes.c_void_p).value or 0 for name in _FUNCTIONS}
     status = MPI.Status()
