@@ -273,13 +273,13 @@ def _with_arrays(value: Any) -> Serialized | None:
             dtype = part.dtype
             if dtype.kind not in _NUMBERS or dtype.isbuiltin != 1 or dtype.metadata is not None or not part.flags.c_contiguous:
                 return None
-            if views and any(part is values[other] for other, _, _ in arrays):  # pickle has it once
-                return None
             arrays.append((slot, dtype.char, part.shape))
             views.append(pickle.PickleBuffer(part).raw())
         elif cls not in _PLAIN and (cls is not bytes or len(part) >= _SHORT):
             return None
     if not arrays:
+        return None
+    if len(arrays) > 1 and len({id(values[slot]) for slot, _, _ in arrays}) < len(arrays):  # pickle has an array that comes twice once
         return None
     for slot, _, _ in arrays:
         values[slot] = None
