@@ -99,7 +99,7 @@ class Client:
         self.raylet = raylet_address(self.node)
         self.now = time.monotonic
         self.lock = threading.RLock()
-        self.drain = threading.Lock()
+        self.drain = threading.RLock()  # a signal handler may wait where the thread that it has interrupted waits and drains
         self.broken: BaseException | None = None
         self.closed = False
         self.welcome: Welcome | None = None
@@ -192,12 +192,11 @@ class Client:
         if self.closed:
             return
         self.closed = True
-        refs.install()
-        self.fail(LocalRayletDiedError("the session was shut down while this call waited"))
-        self.lane.wake()
-        self.lane.wake_background()
+        self.fail(LocalRayletDiedError(refs.SHUT_DOWN))
         if self._thread is not None and self._thread is not threading.current_thread():
             self._thread.join(timeout=5.0)
+        self.run_callbacks()
+        refs.install()
 
     def let_go(self) -> None:
         """After ``close``: references, handles and functions that stay must not keep the node's memory mapped."""
@@ -212,7 +211,9 @@ class Client:
                 self.broken = error
             for waiter in [*self.sleepers, *self._requests.values()]:
                 waiter.finish()
+            self.values.give_up(self.broken)
         self.lane.wake()
+        self.lane.wake_background()  # futures are to be called back
 
     # -------------------------------------------------------------- messages out
 
@@ -315,6 +316,9 @@ class Client:
         objects = self.objects
         with self.lock:
             objects.gather_deletions()
+            if self._batch:  # a signal handler that waits has interrupted the dispatch of these, which come first
+                batch += self._batch
+                self._batch.clear()
             self._batch = batch
             self._handle(batch)
             objects.send_deletions()
@@ -413,7 +417,10 @@ class Client:
         waiter.sleeper = threading.Event()
         self.sleepers.append(waiter)
         try:
-            if waiter.done or not self.drain.locked():
+            if waiter.done:
+                return True
+            if self.drain.acquire(False):  # whoever drained has stopped just now, and may not have seen this sleeper
+                self.drain.release()
                 return True
             return waiter.sleeper.wait(left)
         finally:
