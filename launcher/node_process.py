@@ -213,7 +213,7 @@ class NodeProcess:
 
     def close(self, timeout_s: float = 10.0) -> int | None:
         """Ends the node in order and waits for it; its exit code."""
-        self.control.close()
+        self.end("whoever started this node has closed it")
         try:
             code: int | None = self.process.wait(timeout_s)
         except subprocess.TimeoutExpired:
