@@ -219,8 +219,9 @@ class ObjectValues:
 
     def give_up(self, error: BaseException) -> None:
         """No message will come any more: who waits for an object, and be it a future, is answered with this. Under the lock."""
-        data = serialize.dumps(error)
-        for entry in [entry for entry in self.objects.entries.values() if entry.waiters]:
+        awaited = [entry for entry in self.objects.entries.values() if entry.waiters]
+        data = serialize.dumps(error) if awaited else b""
+        for entry in awaited:
             self.objects.set_result(entry, Result(ERROR, data))
         waiting, self._pull_waiters = self._pull_waiters, {}
         for wakes in waiting.values():
