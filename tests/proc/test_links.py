@@ -194,17 +194,43 @@ def test_links_sleep_when_nothing_happens(transport):
         assert len(links) == 3
         if transport == "tcp":  # one that has ended does not keep the others awake
             os.kill(links.pop(), signal.SIGKILL)
-        time.sleep(1.5)  # links lengthen their intervals after a second of silence
+        shares = idle_shares(links)
+        process.kill()
+    assert max(shares) < 0.03
 
-        def used() -> list[float]:
-            ticks = [Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[11:13] for pid in links]
-            return [sum(map(int, pair)) / os.sysconf("SC_CLK_TCK") for pair in ticks]
 
-        before, started = used(), time.monotonic()
-        time.sleep(4)
-        passed = time.monotonic() - started
-        shares = [(b - a) / passed for a, b in zip(before, used(), strict=True)]
-        print("idle share of a core:", [f"{share:.2%}" for share in shares])
+def idle_shares(links: list[int]) -> list[float]:
+    """How much of a core each uses while nothing happens."""
+
+    def used() -> list[float]:
+        ticks = [Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[11:13] for pid in links]
+        return [sum(map(int, pair)) / os.sysconf("SC_CLK_TCK") for pair in ticks]
+
+    time.sleep(1.5)  # links lengthen their intervals after a second of silence
+    before, started = used(), time.monotonic()
+    time.sleep(4)
+    passed = time.monotonic() - started
+    shares = [(b - a) / passed for a, b in zip(before, used(), strict=True)]
+    print("idle share of a core:", [f"{share:.2%}" for share in shares])
+    return shares
+
+
+def test_links_sleep_when_their_nodes_have_gone():
+    text = """
+import sys, time
+from hpc_ray.cluster_utils import Cluster
+cluster = Cluster(initialize_head=True, connect=True, max_nodes=3)
+nodes = [cluster.add_node(), cluster.add_node()]
+cluster.remove_node(nodes[0], allow_graceful=False)
+cluster.remove_node(nodes[1])
+print("removed", flush=True)
+time.sleep(1000)
+"""
+    with subprocess.Popen(python_command("-c", text), stdout=subprocess.PIPE, text=True, env=environment()) as process:
+        assert process.stdout.readline()
+        links = links_of(process.pid)
+        assert len(links) == 3
+        shares = idle_shares(links)
         process.kill()
     assert max(shares) < 0.03
 
