@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from pathlib import Path
 
@@ -19,6 +20,7 @@ import pytest
 
 pytest.importorskip("mpi4py", reason="mpi4py is not installed")
 
+from hpc_ray.cluster_utils import Cluster
 from hpc_ray.config import Settings
 from hpc_ray.exceptions import ConfigurationError, LaunchError
 from hpc_ray.interpreter import python_command
@@ -213,6 +215,27 @@ def idle_shares(links: list[int]) -> list[float]:
     shares = [(b - a) / passed for a, b in zip(before, used(), strict=True)]
     print("idle share of a core:", [f"{share:.2%}" for share in shares])
     return shares
+
+
+def test_threads_may_change_a_cluster_at_once():
+    cluster = Cluster(max_nodes=7)
+    cluster.add_node()
+    errors = []
+
+    def work() -> None:
+        try:
+            for graceful in (False, True):
+                cluster.remove_node(cluster.add_node(), allow_graceful=graceful)
+        except Exception as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=work) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    cluster.shutdown()
+    assert not errors
 
 
 def test_links_sleep_when_their_nodes_have_gone():
