@@ -144,6 +144,8 @@ def init(
         OSError: the dashboard's port is taken.
     """
     global _attachment
+    if sys.is_finalizing():  # a finaliser calls: threads cannot be started any more, and waiting for one would never end
+        raise RuntimeError("The interpreter is about to end: no session can be started any more")
     from hpc_ray.launcher import local, world  # what starts clusters is imported where one is started
 
     with _lock:

@@ -276,6 +276,16 @@ def test_a_fork_of_the_program(run):
     assert child.communicate(timeout=60) == ("child 1\nparent 2\n", "")
 
 
+def test_a_finaliser_that_comes_after_the_end(run):
+    """It does not begin a new session, nor hang."""
+    child = run(
+        "class Late:\n    def __del__(self): ray.get(task.remote())\n"
+        "task = ray.remote(lambda: 1)\nlate = Late()\nray.get(task.remote())"
+    )
+    _, err = child.communicate(timeout=60)
+    assert child.returncode == 0 and "about to end" in err
+
+
 def test_closed_standard_streams(tmp_path):
     """As daemons have them. What is printed must not go into a socket of ours."""
     code = (
