@@ -7,6 +7,8 @@ CLIENT-1 (one drainer): messages are received and dispatched under ``drain``, so
 Whoever waits drains; the background thread drains what arrives while nobody waits.
 CLIENT-2 (one lock): bookkeeping changes under ``lock`` only. User code never runs under it.
 CLIENT-3 (no wait without an end): a waiting thread is answered, times out, or gets ``broken`` when the node is gone.
+CLIENT-4 (no wait under the lock): finalisers and signal handlers of the user's run wherever they strike, also under ``lock`` and ``drain``.
+Where they wait, the lock is free meanwhile, and they drain in the turn of whom they have interrupted.
 """
 
 from __future__ import annotations
@@ -327,7 +329,10 @@ class Client:
         """From the last to the first; a handler may take out some of those that follow."""
         handlers = self.handlers
         while batch:
-            source, data = batch.pop()
+            try:
+                source, data = batch.pop()
+            except IndexError:  # one that waits, in a signal handler, has handled the rest (CLIENT-4)
+                return
             try:
                 message = decode(data)
                 handlers[type(message)](source, message)
@@ -364,6 +369,8 @@ class Client:
         main = threading.get_ident() == interrupts.main
         gives_way = gives_way and main and self.on_blocked is not None
         outer = interrupts.waiting
+        lock: Any = self.lock
+        held = lock._release_save() if lock._is_owned() else None  # CLIENT-4; costs nothing: whoever is awaited works meanwhile
         try:
             if main:
                 interrupts.waiting = waiter
@@ -394,6 +401,8 @@ class Client:
                 self.on_unblocked()
             if main:
                 interrupts.waiting = outer
+            if held is not None:
+                lock._acquire_restore(held)
         if self.broken is not None and not isinstance(waiter, Request):
             raise self.broken
         return True

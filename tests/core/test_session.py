@@ -276,6 +276,21 @@ def test_a_fork_of_the_program(run):
     assert child.communicate(timeout=60) == ("child 1\nparent 2\n", "")
 
 
+@pytest.mark.parametrize("threshold", [10, 17, 24])
+def test_finalisers_may_wait(run, threshold):
+    """CLIENT-4: the collector runs them wherever it is run itself, in any thread, also under the client's lock."""
+    child = run(
+        "import gc\n"
+        "task = ray.remote(lambda x: x)\n"
+        "class Cycle:\n    def __init__(self): self.me = self\n    def __del__(self): ray.get(task.remote(1))\n"
+        f"gc.set_threshold({threshold})\n"
+        "for _ in range(100): Cycle(); ray.get([task.remote(i) for i in range(5)]); ray.get(ray.put(bytes(200_000)))\n"
+        "gc.set_threshold(700); gc.collect(); print('done')"
+    )
+    out, err = child.communicate(timeout=60)
+    assert out == "done\n", err
+
+
 def test_a_finaliser_that_comes_after_the_end(run):
     """It does not begin a new session, nor hang."""
     child = run(
