@@ -142,7 +142,6 @@ class ForkServer:
         self._handlers: dict[int, Callable[[], None]] = {}
         self._code: int | None = None  # exit code, once the end has begun
         self._deadline = 0.0
-        self._holder = 0  # the pid of whoever started this node
         self._pidfd = -1
         self._link: socket.socket | None = None
         self._files: list[str] = []  # outside of our folder, to be removed at the end
@@ -185,10 +184,10 @@ class ForkServer:
         self._watch(self.raylet_socket.fileno(), self._on_raylet)
         assert self.control is not None
         self._watch(self.control.fileno(), self._on_control)
-        self._holder, _ = channel.peer_user(self.control)
         if not self.detached:
+            pid, _ = channel.peer_user(self.control)
             try:
-                self._pidfd = os.pidfd_open(self._holder)
+                self._pidfd = os.pidfd_open(pid)
                 self._watch(self._pidfd, self._on_holder_gone)
             except OSError as error:
                 if error.errno == errno.ESRCH:
@@ -569,16 +568,11 @@ class ForkServer:
         self.control.close()
         self.control = None
         if not self.detached:
-            self.end(self._death_of_holder())
+            self.end("whoever started this node has closed it")
 
     def _on_holder_gone(self) -> None:
         self._unwatch(self._pidfd)
-        self.end(self._death_of_holder())
-
-    def _death_of_holder(self) -> str:
-        """Of whoever would else have said that the node shall stop."""
-        who = "its link" if self.config.has_link else "the process that started it"
-        return f"node {self.config.node} on {self.config.hostname} ends, since {who} (pid {self._holder}) has died"
+        self.end("whoever started this node is gone")
 
     def end(self, reason: str) -> None:
         """In order: roles are asked to leave and have ``kill_on_exit_s`` for it."""

@@ -9,9 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-import shutil
 import stat
-import tempfile
 from collections.abc import Callable, Iterable, Iterator
 
 SHARED_MEMORY = "/dev/shm/"
@@ -34,11 +32,6 @@ def of_rank(rank: int, *, everything: bool) -> list[str]:
     """Files that MPI has mapped here: those of our rank (Open MPI ends their names with it), or ``everything``, for a rank without which
     there is no world."""
     return sorted(path for path in _mapped_by("self") if everything or path.endswith(f".{rank}"))
-
-
-def remove_folder_of(mpirun: int) -> None:
-    """The own folder of an Open MPI's mpirun that has ended, by its pid; it has left it there if it was killed."""
-    shutil.rmtree(os.path.join(tempfile.gettempdir(), f"ompi.{mpirun}"), ignore_errors=True)
 
 
 class Leftovers:

@@ -212,7 +212,7 @@ class NodeProcess:
 
     def close(self, timeout_s: float = 10.0) -> int | None:
         """Ends the node in order and waits for it; its exit code."""
-        self.end("whoever started this node has closed it")
+        self.control.close()
         try:
             code: int | None = self.process.wait(timeout_s)
         except subprocess.TimeoutExpired:

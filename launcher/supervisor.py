@@ -14,15 +14,17 @@ import contextlib
 import json
 import os
 import shlex
+import shutil
 import signal
 import socket
 import subprocess
+import tempfile
 import time
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 from hpc_ray import _core
-from hpc_ray.launcher import channel, hosts, mpi_files, relay, session, world
+from hpc_ray.launcher import channel, hosts, relay, session, world
 from hpc_ray.slurm import signals
 
 RELAUNCHED_VARIABLE = "HPC_RAY_RELAUNCHED"  # in the script's environment: how often it was started before
@@ -185,7 +187,7 @@ def _clear_after(child: subprocess.Popen[bytes], started: dict[int, int]) -> Non
         if start and session.process_start(pid) == start:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
-    mpi_files.remove_folder_of(child.pid)
+    shutil.rmtree(os.path.join(tempfile.gettempdir(), f"ompi.{child.pid}"), ignore_errors=True)
 
 
 def _wait_for_nodes(plan: dict[str, Any]) -> None:

@@ -29,7 +29,7 @@ from hpc_ray import _core
 from hpc_ray.config import Settings
 from hpc_ray.exceptions import ConfigurationError, LaunchError
 from hpc_ray.interpreter import python_command
-from hpc_ray.launcher import channel, host, mpi_files, session
+from hpc_ray.launcher import channel, host, session
 from hpc_ray.launcher.attachment import Attachment, connect
 from hpc_ray.slurm import signals
 
@@ -426,8 +426,8 @@ class World:
     def close(self) -> None:
         """Ends it in order and waits."""
         self.control.close()
-        if self.child is not None and end_process(self.child, 20.0) < 0:
-            mpi_files.remove_folder_of(self.child.pid)
+        if self.child is not None:
+            end_process(self.child, 20.0)
 
 
 def end_process(child: subprocess.Popen[bytes], timeout_s: float) -> int:
