@@ -25,6 +25,18 @@ _format = click.option("--format", "form", type=click.Choice(["table", "json"]),
 _WIDEST = 60
 
 
+class _Command(click.Command):
+    """What cannot be asked for, written or listened on is told in one line."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except ConnectionError:  # there is no session, which ``main`` tells; or nobody reads what is printed
+            raise
+        except (state.RayStateApiException, OSError) as error:
+            raise click.ClickException(str(error)) from error
+
+
 def _client(address: str | None) -> state.StateApiClient:
     session.observe(address)
     return state.StateApiClient()
@@ -69,7 +81,7 @@ def _short(value: Any) -> str:
     return text if len(text) <= _WIDEST else text[: _WIDEST - 1] + "…"
 
 
-@click.command("list")
+@click.command("list", cls=_Command)
 @click.argument("kind", type=_KINDS)
 @click.option("-f", "--filter", "filters", multiple=True, callback=_filter, help="column=value or column!=value; all must hold.")
 @click.option("--limit", type=int, default=DEFAULT_LIMIT, show_default=True)
@@ -85,7 +97,7 @@ def list_command(
     _print(rows, form, detail)
 
 
-@click.command("get")
+@click.command("get", cls=_Command)
 @click.argument("kind", type=_KINDS)
 @click.argument("identity", metavar="ID")
 @_format
@@ -99,7 +111,7 @@ def get_command(kind: str, identity: str, form: str, timeout: float, address: st
     _print(found if isinstance(found, list) else [found], form, True)
 
 
-@click.command("summary")
+@click.command("summary", cls=_Command)
 @click.argument("kind", type=click.Choice(["tasks", "actors", "objects"]))
 @_format
 @_timeout
@@ -118,7 +130,7 @@ def summary_command(kind: str, form: str, timeout: float, address: str | None) -
         click.echo(f"  {name}  " + ", ".join(f"{state} {count}" for state, count in sorted(found.items())))
 
 
-@click.command("logs")
+@click.command("logs", cls=_Command)
 @click.argument("filename", metavar="[FILENAME | JOB]", required=False)
 @click.option("--actor-id", help="What this actor's process has printed.")
 @click.option("--task-id", help="What the process that ran this task has printed.")
@@ -150,7 +162,7 @@ def logs_command(
         click.echo(text, nl=False)
 
 
-@click.command("timeline")
+@click.command("timeline", cls=_Command)
 @click.option("-o", "--output", default="timeline.json", show_default=True, help="The file to write.")
 @_address
 def timeline_command(output: str, address: str | None) -> None:
@@ -160,7 +172,7 @@ def timeline_command(output: str, address: str | None) -> None:
     click.echo(f"hpc-ray: wrote {output}")
 
 
-@click.command("dashboard")
+@click.command("dashboard", cls=_Command)
 @click.option("--host", default="127.0.0.1", show_default=True)
 @click.option("--port", type=int, help="Default: the first free one from 8265 on.")
 @_address

@@ -227,6 +227,11 @@ NO_ARGUMENTS = _ARGUMENTS_BYTE + _pack(())
 _FEW, _DEEP = 16, 3
 
 
+def _array_class() -> Any:
+    """None as long as numpy is not imported, or another thread is about to."""
+    return getattr(sys.modules.get("numpy"), "ndarray", None)
+
+
 def _is_simple(value: Any, depth: int = _DEEP) -> bool:
     """Whether it is numbers, texts and arrays of numbers, by themselves or as the arguments of a call: then there is no reference in it
     and nothing that only cloudpickle can do, and pickle by itself takes a third of the time."""
@@ -239,8 +244,7 @@ def _is_simple(value: Any, depth: int = _DEEP) -> bool:
         if kind is dict:
             return all(type(name) is str and _is_simple(part, depth - 1) for name, part in value.items())
         return all(_is_simple(part, depth - 1) for part in value)
-    numpy = sys.modules.get("numpy")
-    if numpy is None or kind is not numpy.ndarray:
+    if kind is not _array_class():
         return False
     dtype = value.dtype
     return dtype.isbuiltin == 1 and not dtype.hasobject and dtype.metadata is None
@@ -252,10 +256,9 @@ _NUMBERS = frozenset("biufc")  # kinds of dtype
 def _with_arrays(value: Any) -> Serialized | None:
     """The short way (2 µs) for an array of numbers, a tuple of such and of plain values, and the arguments of a call that are like that;
     None for all else."""
-    numpy = sys.modules.get("numpy")
-    if numpy is None:
+    ndarray = _array_class()
+    if ndarray is None:
         return None
-    ndarray = numpy.ndarray
     values: list[Any]
     if type(value) is ndarray:
         kind, values = ARRAY, [value]
@@ -273,13 +276,13 @@ def _with_arrays(value: Any) -> Serialized | None:
             dtype = part.dtype
             if dtype.kind not in _NUMBERS or dtype.isbuiltin != 1 or dtype.metadata is not None or not part.flags.c_contiguous:
                 return None
-            if views and any(part is values[other] for other, _, _ in arrays):  # pickle has it once
-                return None
             arrays.append((slot, dtype.char, part.shape))
             views.append(pickle.PickleBuffer(part).raw())
         elif cls not in _PLAIN and (cls is not bytes or len(part) >= _SHORT):
             return None
     if not arrays:
+        return None
+    if len(arrays) > 1 and len({id(values[slot]) for slot, _, _ in arrays}) < len(arrays):  # pickle has an array that comes twice once
         return None
     for slot, _, _ in arrays:
         values[slot] = None

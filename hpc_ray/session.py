@@ -15,7 +15,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from hpc_ray import as_ray
-from hpc_ray.client import context
+from hpc_ray.client import context, refs
 from hpc_ray.client.client import Client
 from hpc_ray.client.logging_config import LoggingConfig, use_logging
 from hpc_ray.client.waiting import Waiter
@@ -144,9 +144,12 @@ def init(
         OSError: the dashboard's port is taken.
     """
     global _attachment
+    if sys.is_finalizing():  # a finaliser calls: threads cannot be started any more, and waiting for one would never end
+        raise RuntimeError("The interpreter is about to end: no session can be started any more")
     from hpc_ray.launcher import local, world  # what starts clusters is imported where one is started
 
     with _lock:
+        _leave_to_parent()
         if context.client is not None:
             if ignore_reinit_error:
                 logging.getLogger("hpc_ray").info("init() was called again; the session goes on as it is")
@@ -201,6 +204,7 @@ def init(
                     "somebody else has started, which HPC_RAY_ADDRESS may name here"
                 )
             address = None  # a program of Ray's, as it is: it means the cluster that it was launched with
+        _fill_standard_descriptors()
         if address is None or address == "local":
             attachment = local.start_cluster(num_nodes=num_nodes, settings=settings, build=__version__, **given)
         else:
@@ -480,6 +484,7 @@ def shutdown(*, wait_for_processes: bool = False, _exiting_interpreter: bool = F
     """End this process's session; a cluster that ``init`` started ends with it. Always blocks until it has. Harmless without one."""
     global _attachment, _dashboard
     with _lock:
+        _leave_to_parent()
         client, attachment = context.client, _attachment
         if client is None:
             return
@@ -505,6 +510,25 @@ def shutdown(*, wait_for_processes: bool = False, _exiting_interpreter: bool = F
         client.close()
         attachment.close()
         client.let_go()
+
+
+def _leave_to_parent() -> None:
+    """In a fork of a program or worker: the session is its parent's, so it is not connected, and ends nothing."""
+    global _attachment, _dashboard
+    client = context.client
+    if client is not None and client.pid != os.getpid():
+        context.set_client(None)
+        refs.install()
+        _attachment = _dashboard = None
+
+
+def _fill_standard_descriptors() -> None:
+    """Where 0, 1 or 2 is closed, as daemons do, nothing of ours may come: what is printed would go there."""
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.open(os.devnull, os.O_RDWR)  # becomes the lowest that is free
 
 
 def _leave_history(client: Client) -> None:

@@ -364,6 +364,7 @@ class Link:
             return
         if at_once:
             process.kill()
+            self.attachment.connection.close()  # its end would ring for ever
         else:
             try:
                 channel.send_note(self.attachment.connection, {"remove": []})  # MPI goes on here

@@ -56,10 +56,9 @@ def node_config(
     ip = host.ip_address()
     node_id = os.urandom(28).hex()
     total, available = host.memory_bytes()
-    for name, amount in (("num_cpus", num_cpus), ("num_gpus", num_gpus)):
-        if amount is not None and amount < 0:
-            raise ConfigurationError(f"{name} must not be negative, it is {amount}")
-    for name in resources or {}:
+    for name, amount in {**(resources or {}), "num_cpus": num_cpus, "num_gpus": num_gpus}.items():
+        if amount is not None and not 0 <= amount < float("inf"):
+            raise ConfigurationError(f"{name} must be a number that is not negative, it is {amount}")
         if name in ("CPU", "GPU", "memory", "object_store_memory"):
             raise ConfigurationError(f"use the argument for {name!r}, not the resources dictionary")
     cpus = float(max(1, host.cpu_count() // share)) if num_cpus is None else float(num_cpus)

@@ -21,6 +21,7 @@ import socket
 import subprocess
 import sys
 import sysconfig
+import threading
 import time
 from typing import Any, NamedTuple, NoReturn
 
@@ -367,6 +368,7 @@ class World:
         self.session = ""
         self.note: dict[str, Any] = {}  # with which it has come up
         self._requests = 0
+        self._turn = threading.Lock()
         channel.let_go_in_forks(control)
 
     def wait_ready(self, timeout_s: float) -> None:
@@ -387,11 +389,15 @@ class World:
         raise LaunchError((note or {}).get("error") or "rank 0 ended before the nodes were up; see its output above")
 
     def request(self, timeout_s: float, **command: Any) -> dict[str, Any]:
-        """Has rank 0's link do something with a node (``Link.on_command``); its answer. Blocks.
+        """Has rank 0's link do something with a node (``Link.on_command``); its answer. Blocks, also for the requests of other threads.
 
         Raises:
             LaunchError: it could not, or the world is over.
         """
+        with self._turn:  # one at a time: else threads would take one another's answers
+            return self._request(timeout_s, command)
+
+    def _request(self, timeout_s: float, command: dict[str, Any]) -> dict[str, Any]:
         self._requests += 1
         self.control.settimeout(timeout_s)
         try:

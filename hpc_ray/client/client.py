@@ -7,6 +7,8 @@ CLIENT-1 (one drainer): messages are received and dispatched under ``drain``, so
 Whoever waits drains; the background thread drains what arrives while nobody waits.
 CLIENT-2 (one lock): bookkeeping changes under ``lock`` only. User code never runs under it.
 CLIENT-3 (no wait without an end): a waiting thread is answered, times out, or gets ``broken`` when the node is gone.
+CLIENT-4 (no wait under the lock): finalisers and signal handlers of the user's run wherever they strike, also under ``lock`` and ``drain``.
+Where they wait, the lock is free meanwhile, and they drain in the turn of whom they have interrupted.
 """
 
 from __future__ import annotations
@@ -100,7 +102,7 @@ class Client:
         self.raylet = raylet_address(self.node)
         self.now = time.monotonic
         self.lock = threading.RLock()
-        self.drain = threading.Lock()
+        self.drain = threading.RLock()  # a signal handler may wait where the thread that it has interrupted waits and drains
         self.broken: BaseException | None = None
         self.closed = False
         self.welcome: Welcome | None = None
@@ -193,12 +195,11 @@ class Client:
         if self.closed:
             return
         self.closed = True
-        refs.install()
-        self.fail(LocalRayletDiedError("the session was shut down while this call waited"))
-        self.lane.wake()
-        self.lane.wake_background()
+        self.fail(LocalRayletDiedError(refs.SHUT_DOWN))
         if self._thread is not None and self._thread is not threading.current_thread():
             self._thread.join(timeout=5.0)
+        self.run_callbacks()
+        refs.install()
 
     def let_go(self) -> None:
         """After ``close``: references, handles and functions that stay must not keep the node's memory mapped."""
@@ -213,7 +214,9 @@ class Client:
                 self.broken = error
             for waiter in [*self.sleepers, *self._requests.values()]:
                 waiter.finish()
+            self.values.give_up(self.broken)
         self.lane.wake()
+        self.lane.wake_background()  # futures are to be called back
 
     # -------------------------------------------------------------- messages out
 
@@ -316,6 +319,9 @@ class Client:
         objects = self.objects
         with self.lock:
             objects.gather_deletions()
+            if self._batch:  # a signal handler that waits has interrupted the dispatch of these, which come first
+                batch += self._batch
+                self._batch.clear()
             self._batch = batch
             self._handle(batch)
             objects.send_deletions()
@@ -324,7 +330,10 @@ class Client:
         """From the last to the first; a handler may take out some of those that follow."""
         handlers = self.handlers
         while batch:
-            source, data = batch.pop()
+            try:
+                source, data = batch.pop()
+            except IndexError:  # one that waits, in a signal handler, has handled the rest (CLIENT-4)
+                return
             try:
                 message = decode(data)
                 handlers[type(message)](source, message)
@@ -361,6 +370,8 @@ class Client:
         main = threading.get_ident() == interrupts.main
         gives_way = gives_way and main and self.on_blocked is not None
         outer = interrupts.waiting
+        lock: Any = self.lock
+        held = lock._release_save() if lock._is_owned() else None  # CLIENT-4; costs nothing: whoever is awaited works meanwhile
         try:
             if main:
                 interrupts.waiting = waiter
@@ -391,6 +402,8 @@ class Client:
                 self.on_unblocked()
             if main:
                 interrupts.waiting = outer
+            if held is not None:
+                lock._acquire_restore(held)
         if self.broken is not None and not isinstance(waiter, Request):
             raise self.broken
         return True
@@ -414,7 +427,10 @@ class Client:
         waiter.sleeper = threading.Event()
         self.sleepers.append(waiter)
         try:
-            if waiter.done or not self.drain.locked():
+            if waiter.done:
+                return True
+            if self.drain.acquire(False):  # whoever drained has stopped just now, and may not have seen this sleeper
+                self.drain.release()
                 return True
             return waiter.sleeper.wait(left)
         finally:

@@ -12,6 +12,7 @@ from collections import deque
 from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING, Any, Generic, NoReturn, TypeVar
 
+from hpc_ray.exceptions import LocalRayletDiedError
 from hpc_ray.ids import OBJECT_ID_BYTES, JobID, TaskID
 from hpc_ray.serialize import batch_references, note_contained
 
@@ -23,6 +24,7 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 released: deque[Any] = deque()
+SHUT_DOWN = "the session was shut down while this call waited"
 
 
 def _not_connected(object_ids: Iterable[bytes]) -> NoReturn:
@@ -229,20 +231,24 @@ def call_in_loop(loop: asyncio.AbstractEventLoop, function: Callable, *args: Any
             raise
 
 
+def _value_of(reference: ObjectRef) -> Any:
+    if _Hooks.get is None:  # an event loop may come to this late
+        raise LocalRayletDiedError(SHUT_DOWN)
+    return _Hooks.get(reference)
+
+
 def _outcome(reference: ObjectRef) -> Any:
-    assert _Hooks.get is not None
     try:
-        return _Hooks.get(reference)
+        return _value_of(reference)
     except Exception as error:
         return error
 
 
 def _fill(future: concurrent.futures.Future, reference: ObjectRef) -> None:
-    assert _Hooks.get is not None
     if not future.set_running_or_notify_cancel():
         return
     try:
-        value = _Hooks.get(reference)
+        value = _value_of(reference)
     except BaseException as error:
         future.set_exception(error)
     else:
@@ -252,9 +258,8 @@ def _fill(future: concurrent.futures.Future, reference: ObjectRef) -> None:
 def _fill_unless_done(future: asyncio.Future, reference: ObjectRef) -> None:
     if future.done():
         return
-    assert _Hooks.get is not None
     try:
-        value = _Hooks.get(reference)
+        value = _value_of(reference)
     except BaseException as error:
         if isinstance(error, StopIteration):
             error = RuntimeError(f"the task raised StopIteration: {error}")

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from hpc_ray.client.objects import READY, Entry, State
@@ -149,11 +150,13 @@ class ObjectRefGenerator:
         Raises:
             GetTimeoutError: not in time.
         """
-        with self._client.lock:
-            entry = self._head()
-        self._client.values.make_ready([entry], timeout_s)
-        with self._client.lock:
-            return self._stream.take()
+        while True:
+            with self._client.lock:
+                head = self._head()
+            self._client.values.make_ready([head], timeout_s)
+            with self._client.lock:
+                if self._head() is head:  # else another thread was faster
+                    return self._stream.take()
 
     def _head(self) -> Entry:
         """READY when ``next`` would not block. Under the lock."""
@@ -166,17 +169,16 @@ class ObjectRefGenerator:
         import asyncio
 
         loop = asyncio.get_running_loop()
-        waiting = loop.create_future()
-
-        def wake() -> None:
-            call_in_loop(loop, _settle, waiting)
-
-        with self._client.lock:
-            head = self._head()
-        self._client.values.add_done_callback(head, wake)
-        await waiting
-        with self._client.lock:
-            reference = self._stream.take()
+        while True:
+            waiting = loop.create_future()
+            with self._client.lock:
+                head = self._head()
+            self._client.values.add_done_callback(head, partial(call_in_loop, loop, _settle, waiting))
+            await waiting
+            with self._client.lock:
+                if self._head() is head:  # else another thread or coroutine was faster
+                    reference = self._stream.take()
+                    break
         if reference is None:
             raise StopAsyncIteration
         return reference

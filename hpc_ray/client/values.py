@@ -217,6 +217,17 @@ class ObjectValues:
         for wake in self._pull_waiters.pop(entry.id, ()):
             wake()
 
+    def give_up(self, error: BaseException) -> None:
+        """No message will come any more: who waits for an object, and be it a future, is answered with this. Under the lock."""
+        awaited = [entry for entry in self.objects.entries.values() if entry.waiters]
+        data = serialize.dumps(error) if awaited else b""
+        for entry in awaited:
+            self.objects.set_result(entry, Result(ERROR, data))
+        waiting, self._pull_waiters = self._pull_waiters, {}
+        for wakes in waiting.values():
+            for wake in wakes:
+                wake()
+
     def load(self, entry: Entry) -> Any:
         """The value of an entry that is available here; raises its error."""
         result = entry.result
@@ -388,7 +399,7 @@ class ObjectValues:
         """Call back, without the lock, once the entry can be loaded here without waiting."""
 
         def look() -> None:
-            waiter = self._missing([entry], Then)
+            waiter = self._missing([entry], Then) if self.client.broken is None else None
             if waiter is None:
                 self.client.callbacks.append(finished)
             else:

@@ -6,6 +6,7 @@ DASH-1 (local): it listens on 127.0.0.1 unless told otherwise, answers GET alone
 from __future__ import annotations
 
 import dataclasses
+import errno
 import json
 import socket
 import threading
@@ -118,11 +119,13 @@ class Dashboard:
 
 
 def _listen(host: str, port: int | None) -> socket.socket:
+    if port is not None and not 0 <= port <= 65535:  # create_server would raise OverflowError, and leave its socket open
+        raise OSError(f"the dashboard cannot listen on {host}:{port}: ports are numbers from 0 to 65535")
     ports = range(DEFAULT_PORT, DEFAULT_PORT + _PORTS_TRIED) if port is None else [port]
     for number in ports:
         try:
             return socket.create_server((host, number))
         except OSError as error:
-            if number == ports[-1]:
+            if error.errno != errno.EADDRINUSE or number == ports[-1]:
                 raise OSError(f"the dashboard cannot listen on {host}:{number}: {error.strerror}") from error
     raise AssertionError("no port was tried")

@@ -200,7 +200,10 @@ nb::object receive_any(Lane& lane, nb::handle timeout, u64 limit, bool spin) {
     }
     struct Turn {
         Lane& lane;
-        ~Turn() { lane.leave_foreground(); }
+        bool ours = true;
+        ~Turn() {
+            if (ours) lane.leave_foreground();
+        }
     } turn{lane};
     lane.drain(collector, limit, true);
     if (!collector.empty()) return collector.result();
@@ -217,9 +220,19 @@ nb::object receive_any(Lane& lane, nb::handle timeout, u64 limit, bool spin) {
                 lane.drain(collector, limit, true);
                 if (!collector.empty()) return collector.result();
                 break;
-            case Wait::kInterrupted:
+            case Wait::kInterrupted: {
+                // The handler may itself receive, in our turn; and what it took may be what our caller waits for.
+                const u64 drains = lane.foreground_drains();
+                lane.leave_foreground();
+                turn.ours = false;
                 if (PyErr_CheckSignals() != 0) throw nb::python_error();
+                {
+                    nb::gil_scoped_release released;
+                    turn.ours = lane.enter_foreground(deadline);
+                }
+                if (!turn.ours || lane.foreground_drains() != drains) return collector.result();
                 break;
+            }
             default:
                 return collector.result();
         }

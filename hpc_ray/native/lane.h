@@ -97,6 +97,7 @@ class Lane {
     bool enter_foreground(i64 deadline_ns);  // waits for the other thread's turn; false: time is up
     bool try_enter_foreground();
     void leave_foreground();
+    u64 foreground_drains() const { return foreground_drains_.load(std::memory_order_relaxed); }
     // Spins, then parks, until there is something to drain, deadline, wake() or a signal. Without the GIL.
     Wait wait_foreground(i64 deadline_ns, bool spin);
     // Parks or ticks until it is the background's turn to drain. One thread only. Without the GIL.

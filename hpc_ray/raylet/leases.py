@@ -370,9 +370,11 @@ class Leases(Part):
         self.dirty = True
 
     def timer_infeasible(self) -> None:
-        """Tell owners, once for each request, what they ask for and what there is."""
+        """Tell owners, once for each request, what they ask for and what there is. Where a group is missing, the group is told of."""
         for queue in self.queues.values():
-            if queue.for_actor or any(view.alive and view.feasible(queue.placement) for view in self.views.values()):
+            if queue.for_actor or queue.shape.group_id:
+                continue
+            if any(view.alive and view.feasible(queue.placement) for view in self.views.values()):
                 continue
             for requests in queue.owners.values():
                 for request in requests.values():

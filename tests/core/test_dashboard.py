@@ -77,6 +77,9 @@ def test_ports():
         with pytest.raises(OSError, match=str(port)):
             start(dashboard_port=port)
     assert not hpc_ray.is_initialized()
+    with pytest.raises(OSError, match="99999"):
+        start(dashboard_port=99999)
+    assert not hpc_ray.is_initialized()
     assert start(dashboard_host="127.0.0.1", dashboard_port=port).dashboard_url == f"127.0.0.1:{port}"
 
 
@@ -129,6 +132,18 @@ def test_commands(tmp_path, monkeypatch):
         assert "gcs.log" in run("logs")
         assert "not like" in run("list", "tasks", "--filter", "name", status=2)
         assert "there are no actors" in run("get", "actors", "ab" * 16, status=1)
+        for wrong, words in {
+            "list tasks --limit -1": "-1",
+            "list tasks --filter nothing=1": "nothing",
+            "get tasks xyz": "'xyz'",
+            "logs ../../passwd": "'../../passwd'",
+            "logs --node-id none": "none",
+            "timeline -o none/out.json": "none/out.json",
+            "dashboard --port 99999": "99999",
+            "dashboard --host not.a.host.invalid": "not.a.host.invalid",
+        }.items():
+            text = run(*wrong.split(), status=1)
+            assert words in text and "Traceback" not in text
         assert [job["status"] for job in json.loads(run("list", "jobs", "--format", "json"))] == ["SUCCEEDED"]
     finally:
         run("stop", name)

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import asyncio
 import gc
 import os
 import signal
 import subprocess
 import sys
 import threading
+import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -144,8 +147,26 @@ def test_no_session_to_join():
         hpc_ray.init(address="auto")
 
 
-def test_shutdown_answers_those_who_wait(gate):
+def by_future(reference):
+    return reference.future().result()
+
+
+def by_await(reference):
+    async def use():
+        return await reference
+
+    return asyncio.run(use())
+
+
+def kill_node(worker):
+    os.kill(int(Path(f"/proc/{worker}/stat").read_text().rpartition(")")[2].split()[1]), signal.SIGKILL)
+
+
+@pytest.mark.parametrize("get", [hpc_ray.get, by_future, by_await])
+@pytest.mark.parametrize("end", ["shutdown", "killed"])
+def test_the_end_answers_those_who_wait(gate, get, end):
     start()
+    worker = pid()
 
     @hpc_ray.remote
     def wait(gate):
@@ -155,15 +176,19 @@ def test_shutdown_answers_those_who_wait(gate):
     gate.await_arrivals(1)
     caught = []
 
-    def get():
+    def wait_for_it():
         try:
-            hpc_ray.get(reference)
+            get(reference)
         except BaseException as error:
             caught.append(error)
 
-    thread = threading.Thread(target=get)
+    thread = threading.Thread(target=wait_for_it)
     thread.start()
-    hpc_ray.shutdown()
+    time.sleep(0.1)  # else shutdown comes first, and nobody waits yet
+    if end == "shutdown":
+        hpc_ray.shutdown()
+    else:
+        kill_node(worker)
     thread.join(30)
     assert not thread.is_alive()
     (error,) = caught
@@ -215,6 +240,74 @@ def test_signals(run, number):
     child.send_signal(number)
     child.communicate(timeout=60)
     assert child.returncode in ((1, 130, -number) if number == signal.SIGINT else (-number,))
+
+
+@pytest.mark.parametrize("wait", ["ray.get(slow)", "ray.wait([slow])"])
+def test_a_signal_handler_may_wait_too(run, wait):
+    """It has interrupted the main thread where that waits for messages: then it is the handler who receives them."""
+    child = run(
+        "import signal\n"
+        "slow = ray.remote(lambda: time.sleep(1)).remote()\n"
+        "quick = ray.remote(lambda x: x)\n"
+        "signal.signal(signal.SIGALRM, lambda *_: print('handled', ray.get([quick.remote(1), ray.put(2)])))\n"
+        f"signal.setitimer(signal.ITIMER_REAL, 0.3)\n{wait}\nprint('waited')",
+    )
+    out, err = child.communicate(timeout=60)
+    assert out == "handled [1, 2]\nwaited\n", err
+
+
+def test_a_signal_handler_may_end_the_session(run):
+    child = run(
+        "import signal\nsignal.signal(signal.SIGALRM, lambda *_: (ray.shutdown(), sys.exit(3)))\n"
+        "signal.setitimer(signal.ITIMER_REAL, 0.3)\nray.get(ray.remote(lambda: time.sleep(1000)).remote())",
+    )
+    _, err = child.communicate(timeout=60)
+    assert (child.returncode, err) == (3, "")
+
+
+def test_a_fork_of_the_program(run):
+    """Its end is not the session's, and it may have a session of its own."""
+    child = run(
+        "if os.fork() == 0:\n    sys.exit(0)\n"
+        "os.wait()\n"
+        "if os.fork() == 0:\n    ray.init(num_cpus=1); print('child', ray.get(ray.put(1)), flush=True); sys.exit(0)\n"
+        "os.wait()\nprint('parent', ray.get(ray.remote(lambda: 2).remote()))",
+    )
+    assert child.communicate(timeout=60) == ("child 1\nparent 2\n", "")
+
+
+@pytest.mark.parametrize("threshold", [10, 17, 24])
+def test_finalisers_may_wait(run, threshold):
+    """CLIENT-4: the collector runs them wherever it is run itself, in any thread, also under the client's lock."""
+    child = run(
+        "import gc\n"
+        "task = ray.remote(lambda x: x)\n"
+        "class Cycle:\n    def __init__(self): self.me = self\n    def __del__(self): ray.get(task.remote(1))\n"
+        f"gc.set_threshold({threshold})\n"
+        "for _ in range(100): Cycle(); ray.get([task.remote(i) for i in range(5)]); ray.get(ray.put(bytes(200_000)))\n"
+        "gc.set_threshold(700); gc.collect(); print('done')"
+    )
+    out, err = child.communicate(timeout=60)
+    assert out == "done\n", err
+
+
+def test_a_finaliser_that_comes_after_the_end(run):
+    """It does not begin a new session, nor hang."""
+    child = run(
+        "class Late:\n    def __del__(self): ray.get(task.remote())\n"
+        "task = ray.remote(lambda: 1)\nlate = Late()\nray.get(task.remote())"
+    )
+    _, err = child.communicate(timeout=60)
+    assert child.returncode == 0 and "about to end" in err
+
+
+def test_closed_standard_streams(tmp_path):
+    """As daemons have them. What is printed must not go into a socket of ours."""
+    code = (
+        "import os\nos.closerange(0, 3)\nimport hpc_ray as ray\nray.init(num_cpus=1)\nos.write(1, b'text')\n"
+        "@ray.remote\ndef say(): print('from a worker'); return 7\nassert ray.get(say.remote()) == 7"
+    )
+    assert subprocess.run([sys.executable, "-c", code], cwd=tmp_path, timeout=60).returncode == 0
 
 
 def test_sessions_side_by_side(run):

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import signal
+import threading
 import time
 import traceback
 from pathlib import Path
@@ -429,6 +431,40 @@ def test_completed_says_what_broke_a_stream_off(ray, gate, eventually, end):
         error = exceptions.WorkerCrashedError if end == "crash" else exceptions.TaskCancelledError
         with pytest.raises(error):
             ray.get(stream.completed(), timeout=30)
+
+
+@pytest.mark.parametrize("readers", ["threads", "coroutines"])
+def test_several_readers_of_a_stream(ray, readers):
+    """Each item goes to one of them, and each of them comes to the end."""
+
+    @ray.remote
+    def items():
+        for number in range(100):
+            time.sleep(0.001)  # they wait for the same item
+            yield number
+
+    stream = items.remote()
+    found = []
+
+    def read():
+        found.extend(ray.get(reference) for reference in stream)
+
+    async def read_all():
+        async def read():
+            found.extend([await reference async for reference in stream])
+
+        await asyncio.wait_for(asyncio.gather(*[read() for _ in range(4)]), 30)
+
+    if readers == "coroutines":
+        asyncio.run(read_all())
+    else:
+        threads = [threading.Thread(target=read, daemon=True) for _ in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join(30)
+        assert not any(thread.is_alive() for thread in threads)
+    assert sorted(found) == list(range(100))
 
 
 def test_crash_is_retried(ray, gate):

@@ -313,6 +313,24 @@ def test_a_signal_without_exception_does_not_end_the_wait(segment: _core.Segment
         signal.signal(signal.SIGALRM, before)
 
 
+def test_a_signal_handler_may_receive(segment: _core.Segment) -> None:
+    """In the turn of whom it has interrupted, who then looks again: what he waits for may have been among that."""
+    lane, other = segment.open_lane(), segment.open_lane()
+    taken: list[tuple[int, bytes]] = []
+
+    def handler(*_: object) -> None:
+        other.send(lane.address, b"for the handler")
+        taken.extend(lane.receive(5))
+
+    before = signal.signal(signal.SIGALRM, handler)
+    try:
+        signal.setitimer(signal.ITIMER_REAL, 0.02)
+        assert lane.receive(30) == []
+        assert taken == [(other.address, b"for the handler")]
+    finally:
+        signal.signal(signal.SIGALRM, before)
+
+
 def test_parked_waits_use_no_cpu(segment: _core.Segment) -> None:
     lane = segment.open_lane()
     thread = threading.Thread(target=lane.receive_background)

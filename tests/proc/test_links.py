@@ -11,6 +11,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -18,6 +19,7 @@ import pytest
 
 pytest.importorskip("mpi4py", reason="mpi4py is not installed")
 
+from hpc_ray.cluster_utils import Cluster
 from hpc_ray.config import Settings
 from hpc_ray.exceptions import ConfigurationError, LaunchError
 from hpc_ray.interpreter import python_command
@@ -193,17 +195,64 @@ def test_links_sleep_when_nothing_happens(transport):
         assert len(links) == 3
         if transport == "tcp":  # one that has ended does not keep the others awake
             os.kill(links.pop(), signal.SIGKILL)
-        time.sleep(1.5)  # links lengthen their intervals after a second of silence
+        shares = idle_shares(links)
+        process.kill()
+    assert max(shares) < 0.03
 
-        def used() -> list[float]:
-            ticks = [Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[11:13] for pid in links]
-            return [sum(map(int, pair)) / os.sysconf("SC_CLK_TCK") for pair in ticks]
 
-        before, started = used(), time.monotonic()
-        time.sleep(4)
-        passed = time.monotonic() - started
-        shares = [(b - a) / passed for a, b in zip(before, used(), strict=True)]
-        print("idle share of a core:", [f"{share:.2%}" for share in shares])
+def idle_shares(links: list[int]) -> list[float]:
+    """How much of a core each uses while nothing happens."""
+
+    def used() -> list[float]:
+        ticks = [Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[11:13] for pid in links]
+        return [sum(map(int, pair)) / os.sysconf("SC_CLK_TCK") for pair in ticks]
+
+    time.sleep(1.5)  # links lengthen their intervals after a second of silence
+    before, started = used(), time.monotonic()
+    time.sleep(4)
+    passed = time.monotonic() - started
+    shares = [(b - a) / passed for a, b in zip(before, used(), strict=True)]
+    print("idle share of a core:", [f"{share:.2%}" for share in shares])
+    return shares
+
+
+def test_threads_may_change_a_cluster_at_once():
+    cluster = Cluster(max_nodes=7)
+    cluster.add_node()
+    errors = []
+
+    def work() -> None:
+        try:
+            for graceful in (False, True):
+                cluster.remove_node(cluster.add_node(), allow_graceful=graceful)
+        except Exception as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=work) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    cluster.shutdown()
+    assert not errors
+
+
+def test_links_sleep_when_their_nodes_have_gone():
+    text = """
+import sys, time
+from hpc_ray.cluster_utils import Cluster
+cluster = Cluster(initialize_head=True, connect=True, max_nodes=3)
+nodes = [cluster.add_node(), cluster.add_node()]
+cluster.remove_node(nodes[0], allow_graceful=False)
+cluster.remove_node(nodes[1])
+print("removed", flush=True)
+time.sleep(1000)
+"""
+    with subprocess.Popen(python_command("-c", text), stdout=subprocess.PIPE, text=True, env=environment()) as process:
+        assert process.stdout.readline()
+        links = links_of(process.pid)
+        assert len(links) == 3
+        shares = idle_shares(links)
         process.kill()
     assert max(shares) < 0.03
 

@@ -447,6 +447,14 @@ def test_infeasible_requests_wait_and_warn_once():
     assert "CPU: 2" in warning.lines[0]
 
 
+def test_who_waits_for_a_placement_group_is_not_warned():
+    """The group may have room soon; and where it never will, whoever made it is warned."""
+    node = Node()
+    node.lease(resources={f"bundle_group_{GROUP.hex()}": UNIT}, group_id=GROUP)
+    node.pass_time(10)
+    assert node.take(p.LogLines, ME) == []
+
+
 def test_workers_that_die_while_they_start():
     node = Node()
     node.auto = False
