@@ -98,6 +98,7 @@ class Step:
     def __init__(self, gangs: Gangs, room: Room):
         self.client = gangs.client
         self.nodes = room.nodes
+        self.sharing = room.sharing
         self.size = len(room.nodes)
         self.calls = 0  # that its ranks were given
         self.number = next(_serial)
@@ -358,7 +359,7 @@ class Gangs:
                 self.timer.cancel()
         if step is not None:
             up = step.is_up()
-            if up and step.calls < _MOST_CALLS and step.nodes == room.nodes:
+            if up and step.calls < _MOST_CALLS and step.nodes == room.nodes and step.sharing == room.sharing:
                 return step
             step.leave(_LEAVE_S if up else 0.0)
         return Step(self, room)

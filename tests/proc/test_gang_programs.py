@@ -52,7 +52,7 @@ SHARING = """
 import os
 import hpc_ray as ray
 from hpc_ray.launcher import host
-ray.init(num_cpus=host.cpu_count())
+ray.init(num_cpus=1)  # so that one leader has both calls
 @ray.remote(mpi_ranks=1)
 def yields():
     return os.environ.get("OMPI_MCA_mpi_yield_when_idle")
