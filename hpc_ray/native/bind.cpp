@@ -509,8 +509,7 @@ NB_MODULE(_core, m) {
             "forward_frames",
             [](Lane& lane, nb::handle frames) {
                 return take_frames(Payload(frames), [&lane](const FrameView& frame) {
-                    if (address_node(frame.dest) != lane.segment().node() || address_index(frame.dest) == address_index(lane.address()))
-                        return false;
+                    if (!lane.forwards(frame.dest)) return false;
                     lane.forward(frame.src, frame.dest, frame.payload, frame.bytes);
                     return true;
                 });

@@ -18,8 +18,7 @@
 // LANE-5 (killed wakers): a process killed between setting a bit and waking has a ring with the sleeper, and reclaim
 //   sets the bits and wakes all who have a ring with the dead lane. Parking needs no safety time-out for that.
 // LANE-6 (background comes second): while the foreground thread drains now and then, the background thread does not, and looks
-//   more and more rarely;
-//   senders make no system call for it while it ticks.
+//   more and more rarely; senders make no system call for it while it ticks.
 #pragma once
 
 #include <condition_variable>
@@ -85,6 +84,8 @@ class Lane {
     i64 send(u64 dest, const void* payload, u64 bytes);
     // The link's: the frame keeps `src`, and `dest` must be of this node.
     i64 forward(u64 src, u64 dest, const void* payload, u64 bytes);
+    // Whether a frame from another node is to be forwarded: it is for a lane of this node, but not for the link's own.
+    bool forwards(u64 dest) const { return address_node(dest) == segment_->node() && address_index(dest) != index_; }
     // Moves what fits from the backlogs to the rings; bytes left.
     u64 flush();
 

@@ -221,7 +221,7 @@ void MpiStream::take(Peer& peer, const char* data, u64 bytes, Lane* local, std::
     u64 taken = 0;
     FrameView frame;
     while (first_frame(data + taken, bytes - taken, frame)) {
-        if (local != nullptr && address_node(frame.dest) == node_ && address_index(frame.dest) != address_index(local->address()))
+        if (local != nullptr && local->forwards(frame.dest))
             local->forward(frame.src, frame.dest, frame.payload, frame.bytes);
         else
             others.push_back({peer.node, frame.src, frame.dest, std::string(frame.payload, frame.bytes)});
