@@ -64,6 +64,7 @@ _COMMAND = python_command("-m", "hpc_ray.worker.rank")
 _LOOK_S = 0.1
 _LEAVE_S = 5.0  # for MPI to be finalized
 _KILLED_S = 10.0  # for the raylet to end an actor that has failed
+_MPIRUN_END_S = 0.3
 _MOST_CALLS = 500  # of one step: each has used a communicator, of which MPICH has 2000
 _serial = itertools.count(1)
 
@@ -269,6 +270,9 @@ class Call:
 def death_of(step: Step, number: int, name: str) -> GangError:
     seat = step.seats[number]
     reason = step.death_text(seat.worker)
+    if step.was_ended(seat.worker):  # its ranks hear of mpirun's end before the last of its threads is gone
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            step.process.wait(_MPIRUN_END_S)
     code = step.process.poll()
     if code is not None:
         reason += f"; mpirun was killed by {signal.Signals(-code).name}" if code < 0 else f"; mpirun ended with {code}"
