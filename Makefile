@@ -129,7 +129,7 @@ demo: $(VENV)/.train $(VENV)/.installed
 
 # ---------------------------------------------------------------- tests
 
-test: test-core test-mpi test-mpich test-site-mpi test-oldest test-python
+test: test-core test-mpi test-mpich test-site-mpi test-python
 
 # The C++ core by itself: no Python, no MPI.
 build/core/build.ninja: $(VENV)/.requirements meson.build meson.options hpc_ray/native/meson.build hpc_ray/native/tests/meson.build
@@ -187,20 +187,23 @@ test-site-mpi: $(SITE_VENV)/.installed
 	cat build/site-*.txt; exit $$status
 
 # What depends on the interpreter: all that need no processes, and some of each kind that do.
-test-oldest:
-	@if $(OLDEST_PYTHON) -c '' 2>/dev/null; then \
-	  $(MAKE) --no-print-directory $(OLDEST_VENV)/.installed; \
-	  $(TIMED) $(OLDEST_VENV)/bin/pytest -q tests/state tests/core/test_session.py tests/core/test_tasks.py tests/core/test_as_ray.py \
-	    tests/core/test_runtime_env.py tests/proc/test_node.py tests/proc/test_gang_programs.py $(PYTEST_ARGS); \
-	else echo "make: $(OLDEST_PYTHON) is not here: nothing is tested with it"; fi
+OLDEST_TESTS = tests/state tests/core/test_session.py tests/core/test_tasks.py tests/core/test_as_ray.py \
+  tests/core/test_runtime_env.py tests/proc/test_node.py tests/proc/test_gang_programs.py
+HAVE_OLDEST := $(shell $(OLDEST_PYTHON) -c '' 2>/dev/null && echo yes)
+oldest = $(if $(HAVE_OLDEST),$(TIMED) $(OLDEST_VENV)/bin/pytest -q $(OLDEST_TESTS) $(PYTEST_ARGS),\
+  echo "make: $(OLDEST_PYTHON) is not here: nothing is tested with it")
+oldest_installed = $(if $(HAVE_OLDEST),$(OLDEST_VENV)/.installed)
+test-oldest: $(oldest_installed)
+	@$(oldest)
 
 # Not from this folder: Python would import the source tree, which has no native core.
 conform = (cd tests/conformance && $(TIMED) $(CURDIR)/$(BIN)/python runner.py check --engine hpc_ray $(1) $(CONFORMANCE_ARGS))
 CONFORM_PLAIN = $(call conform,) && $(call conform,--suite more)
 
+# With the oldest Python last, while the boxes' tests still wait.
 BOXES = tests/hosts tests/slurm tests/testbed
-test-python: $(VENV)/.libraries $(VENV)/.installed
-	$(call pytest_beside,$(VENV),-m 'not stress' --ignore=tests/stress $(BOXES:%=--ignore=%),$(BOXES),$(if $(PYTEST_ARGS),,$(CONFORM_PLAIN)))
+test-python: $(VENV)/.libraries $(VENV)/.installed $(oldest_installed)
+	$(call pytest_beside,$(VENV),-m 'not stress' --ignore=tests/stress $(BOXES:%=--ignore=%),$(BOXES),$(if $(PYTEST_ARGS),,$(CONFORM_PLAIN) && $(oldest)))
 
 # Loads and breaks sessions for minutes; wants a machine on which nothing else of hpc_ray runs.
 stress: $(VENV)/.train $(VENV)/.installed
