@@ -20,7 +20,8 @@ namespace hpc {
 
 namespace {
 
-constexpr i64 kSpinLimit = 50'000;              // ns; about three times what a parked round trip costs
+constexpr i64 kSpinLimit = 80'000;              // ns; about what it costs to be woken where cores sleep deeply
+constexpr u32 kSpinMissed = 3;                  // spins in vain, one after the other, that are the last
 constexpr u32 kSpinAgain = 32;                  // waits that park before one spins to see whether that pays again
 constexpr u32 kFrameUnstored = 1u << 31;           // in a backlog only: a large payload that still lies in private memory
 constexpr i64 kTick = 1'000'000;                // the background's look while it does not park,
@@ -534,14 +535,15 @@ Wait Lane::wait_foreground(i64 deadline_ns, bool spin) {
                 pause_cpu();
                 if (look(result)) {
                     spins_.fetch_add(1, std::memory_order_relaxed);
-                    spin_ns_ = std::min(spin_limit_, std::max(spin_ns_, 2 * (monotonic_ns() - start) + 5'000));
+                    missed_ = 0;
+                    spin_ns_ = std::min(spin_limit_, std::max(spin_ns_, 4 * (monotonic_ns() - start) + 10'000));
                     return result;
                 }
             }
             if (monotonic_ns() >= end) break;
             if (round % 4 == 0) sched_yield();  // on one core the sender needs it
         }
-        if (end != deadline_ns) spin_ns_ = spin_ns_ > 4'000 ? spin_ns_ / 2 : 0;
+        if (end != deadline_ns && ++missed_ >= kSpinMissed) spin_ns_ = 0;
     }
     for (;;) {
         const u32 seen = entry_.fg_word.load();

@@ -175,6 +175,7 @@ class Lane {
     // this core (others have the rest): there a spin that ends in parking has only kept it waiting.
     i64 spin_ns_;
     u32 unspun_ = 0;  // waits since the last spin
+    u32 missed_ = 0;  // spins in vain since one was worth it
     i64 background_active_ns_ = 0;
 
     u64 sent_ = 0, received_ = 0, backlogged_ = 0, dropped_ = 0, lost_ = 0;
