@@ -167,10 +167,12 @@ $(if $(4),$(4) || status=$$?;) \
 wait $$boxes || status=$$(($$? == 5 ? status : $$?)); cat build/boxes.txt; test $$status = 5 || exit $$status
 endef
 
-# The tests with processes once more, with the other MPI; but the solver over TCP, where MPI carries the gang's messages only, takes long.
+# The tests with processes once more, with the other MPI, but for those that start none; and the solver over TCP, where MPI carries the
+# gang's messages only, takes long.
+WITHOUT_MPI = $(addprefix tests/proc/test_,bench.py node.py nearness.py output.py tcp.py)
 test-mpich: $(MPICH_VENV)/.installed
 	@$(call mpi_ranks,$(MPICH_VENV),)
-	$(call pytest_beside,$(MPICH_VENV),tests/mpi tests/proc,tests/hosts/test_mpi.py tests/slurm/test_launch.py \
+	$(call pytest_beside,$(MPICH_VENV),tests/mpi tests/proc $(WITHOUT_MPI:%=--ignore=%),tests/hosts/test_mpi.py tests/slurm/test_launch.py \
 	  --deselect 'tests/hosts/test_mpi.py::test_the_solver_on_three_hosts[TCP]')
 
 # And with those of the distribution, as on a cluster with a module of its own; what goes over TCP does not ask which MPI there is. MPICH

@@ -293,19 +293,42 @@ def derived(found: dict[str, Any], events: Any) -> tuple[dict[str, float], dict[
     return costs, prices
 
 
+def fitted(measured: float, simulated: Callable[[float], float], probe: float = 50e-6) -> float:
+    """The price with which what is simulated, which grows with it, is what was measured; 0 if it is as much without."""
+    without = simulated(0.0)
+    return max(0.0, (measured - without) / (simulated(probe) - without) * probe)
+
+
 def coldness(found: dict[str, Any], costs: dict[str, float], prices: dict[str, Any]) -> float:
     """What it takes a process to fill its caches again. As GCS and raylet of one node, among workers that start, take so much more
     than their events cost one by one, and the simulator knows how often they run after others."""
 
     def simulated_s(cold_s: float) -> float:
-        told = msgspec.convert({**prices, "cold_s": cold_s}, Prices)
-        cluster = scenes.Cluster(1, msgspec.convert(costs, Costs), told, cpus=1, cores=os.cpu_count() or 1, shared=True)
-        spent = scenes.play(cluster, ["actors"], {"actors": {"count": ACTORS}})["actors"]["cpu_s"]
+        spent = scenes.play(alone(costs, {**prices, "cold_s": cold_s}), ["actors"], {"actors": {"count": ACTORS}})["actors"]["cpu_s"]
         return (spent["gcs"] + spent["raylet"]) / ACTORS
 
     actor = found["session"]["actor"]
-    warm, probe = simulated_s(0.0), 50e-6
-    return max(0.0, (actor["gcs"] + actor["raylet"] - warm) / (simulated_s(probe) - warm) * probe)
+    return fitted(actor["gcs"] + actor["raylet"], simulated_s)
+
+
+def forgotten(found: dict[str, Any], costs: dict[str, float], prices: dict[str, Any]) -> float:
+    """What it takes a process whose code is in no cache, as none of its kind has run for long; from a call after such a time."""
+    unused = found["session"]["unused"]
+
+    def simulated_s(code_s: float) -> float:
+        cluster = alone(costs, {**prices, "code_s": code_s})
+        scenes.play(cluster, [])
+        cluster.call(0.0)
+        lately = cluster.call(1e-3)
+        return cluster.call(unused["gap_s"]) - lately
+
+    return fitted(unused["more"], simulated_s)
+
+
+def alone(costs: dict[str, float], prices: dict[str, Any]) -> scenes.Cluster:
+    """One simulated node."""
+    told = msgspec.convert(prices, Prices)
+    return scenes.Cluster(1, msgspec.convert(costs, Costs), told, cpus=1, cores=os.cpu_count() or 1, shared=True)
 
 
 def session(nodes: int, *arguments: str) -> dict[str, Any]:
@@ -341,11 +364,13 @@ def main() -> None:
         "start_s": {nodes: statistics.median(row["value"] * row["free"] for row in rows) for nodes, rows in starts.items()},
         "start_cpu_s": {1: sum(middle("start", kind) for kind in one[0]["start"]["cpu"]), **cpu},
         "object": object_cpu,
+        "unused": session(1, "--only", "unused")["unused"],
     }
     note("nodes are measured")
     events = states(tuple(map(int, arguments.sizes.split(","))), note)
     costs, prices = derived(found, events)
     prices["cold_s"] = coldness(found, costs, prices)
+    prices["code_s"] = forgotten(found, costs, prices)
     # Nodes that start at once take turns, and what their caches cost them then is in what was measured; so are their first workers.
     costs["boot_s"] = costs["boot_s"] / (1 + prices["cold_s"] / SLICE_S) - costs["fork_s"] - costs["worker_start_s"]
     found["costs"], found["prices"] = costs, prices

@@ -91,6 +91,7 @@ class Cluster:
             **options,
         )
         self.driver: Driver = None  # type: ignore[assignment]
+        self.made: list[bytes] = []  # actors
 
     def until(self, condition: Callable[[], bool], limit_s: float = 600.0) -> float:
         """Seconds that pass until then."""
@@ -265,6 +266,15 @@ class Cluster:
         self.until(lambda: not driver.calls)
         seconds = simulator.now - begin
         return {"value": seconds, "died": len(dead), "lost_actors": len(lost), **self.since(load)}
+
+    def call(self, gap_s: float) -> float:
+        """Seconds that a call of an actor takes when nobody has done anything for so long."""
+        driver = self.driver
+        if not self.made:
+            self.actors(1)
+        self.wait(gap_s)
+        driver.call_actor(self.made[0])
+        return self.until(lambda: not driver.calls)
 
 
 SCENES = ("start", "idle", "local", "busy", "spread", "actors", "broadcast", "recovery")

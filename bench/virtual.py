@@ -207,6 +207,23 @@ def broadcast(rows: dict, submitters: list, size: int, rounds: int) -> None:
     rows["broadcast"] = {"value": seconds, "size": size, "cpu": dict(phase.cpu), "free": phase.free}
 
 
+def unused(rows: dict, submitters: list, gap_s: float = 0.5, rounds: int = 15) -> None:
+    """How much longer a call takes when nobody has done anything for so long."""
+    actor = submitters[-1]
+
+    def call_s(gap_s: float) -> float:
+        found = []
+        for _ in range(rounds):
+            time.sleep(gap_s)
+            begin = time.perf_counter()
+            ray.get(actor.fork_server.remote())
+            found.append(time.perf_counter() - begin)
+        return statistics.median(found)
+
+    lately = call_s(1e-3)
+    rows["unused"] = {"value": lately, "gap_s": gap_s, "more": call_s(gap_s) - lately}
+
+
 @ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=-1)
 class Survivor:
     def where(self) -> int:
@@ -288,6 +305,8 @@ def main() -> None:
         recover(rows, submitters, nodes)
     if "recovery" in rows:  # which is too short for the system's clock ticks
         rows["recovery"]["free"] = rows["start"]["free"]
+    if "unused" in wanted:
+        unused(rows, submitters)
     if "death" in wanted:
         die(rows, submitters)
     print(json.dumps({"nodes": arguments.nodes, "rows": rows}), flush=True)

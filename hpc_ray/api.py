@@ -137,21 +137,29 @@ def wait(
         raise TypeError(f"wait(num_returns=...) takes an integer, not {type(num_returns).__name__}")
     if timeout is not None and timeout < 0:
         raise ValueError(f"The 'timeout' argument must be nonnegative. Received {timeout}")
-    for kind in set(map(type, ray_waitables)):
-        if not issubclass(kind, (ObjectRef, ObjectRefGenerator)):
-            raise TypeError(f"wait() expected a list of ObjectRef, got a list containing {kind}")
     if not ray_waitables:
         return [], []
-    if num_returns <= 0:
-        raise ValueError(f"Invalid number of objects to return {num_returns}.")
-    if num_returns > len(ray_waitables):
+    if not 0 < num_returns <= len(ray_waitables):
+        _check_waitables(ray_waitables)
+        if num_returns <= 0:
+            raise ValueError(f"Invalid number of objects to return {num_returns}.")
         raise ValueError(f"num_returns cannot be greater than the number of object refs ({num_returns} > {len(ray_waitables)})")
-    ready = client.values.wait(ray_waitables, int(num_returns), timeout, fetch_local)
+    try:
+        ready = client.values.wait(ray_waitables, int(num_returns), timeout, fetch_local)
+    except AttributeError:  # only then does it take the time to look at each
+        _check_waitables(ray_waitables)
+        raise
     rest = ray_waitables.copy()
     if len(ready) == 1:  # the usual loop: one by one out of many
         return [rest.pop(ready[0])], rest
     chosen = set(ready)
     return [rest[i] for i in ready], [item for i, item in enumerate(rest) if i not in chosen]
+
+
+def _check_waitables(items: list[Any]) -> None:
+    for kind in set(map(type, items)):
+        if not issubclass(kind, (ObjectRef, ObjectRefGenerator)):
+            raise TypeError(f"wait() expected a list of ObjectRef, got a list containing {kind}")
 
 
 def kill(actor: ActorHandle, *, no_restart: bool = True) -> None:

@@ -51,6 +51,15 @@ def raylet_address(node: int) -> int:
 
 
 GCS_ADDRESS = address_of(0, GCS_LANE)
+_ROLES = {RAYLET_LANE: "raylet", LINK_LANE: "link", GCS_LANE: "GCS", FORK_SERVER_LANE: "fork server"}
+
+
+def name_of(address: int) -> str:
+    """Who it is, for people."""
+    role = _ROLES.get(lane_of(address))
+    if role == "GCS":
+        return "the GCS"
+    return f"the {role} of node {node_of(address)}" if role else f"process {address:#x} of node {node_of(address)}"
 
 
 def owner_of(object_or_task_id: bytes) -> int:

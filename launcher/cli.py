@@ -42,11 +42,11 @@ def _fail_silently(place: world.Rank | None) -> NoReturn:
 
 
 _AMOUNTS = (
-    click.option("--num-cpus", type=float, help="CPUs of each node (default: all, divided among virtual nodes)."),
-    click.option("--num-gpus", type=float, help="GPUs of each node (default: all, divided)."),
+    click.option("--num-cpus", type=click.FloatRange(min=0), help="CPUs of each node (default: all, divided among virtual nodes)."),
+    click.option("--num-gpus", type=click.FloatRange(min=0), help="GPUs of each node (default: all, divided)."),
     parameters.RESOURCES,
-    click.option("--memory", type=int, help="Bytes of memory for tasks on each node."),
-    click.option("--object-store-memory", type=int, help="Bytes of each node's object store."),
+    click.option("--memory", type=click.IntRange(min=0), help="Bytes of memory for tasks on each node."),
+    click.option("--object-store-memory", type=click.IntRange(min=0), help="Bytes of each node's object store."),
     click.option("--labels", callback=parameters.label_pairs, help="Labels of each node, like zone=a,disk=fast."),
 )
 # Where nodes over TCP are, and who may come later.

