@@ -25,7 +25,11 @@ constexpr u32 kSpinMissed = 3;                  // spins in vain, one after the 
 constexpr u32 kSpinAgain = 32;                  // waits that park before one spins to see whether that pays again
 constexpr u32 kFrameUnstored = 1u << 31;           // in a backlog only: a large payload that still lies in private memory
 constexpr i64 kTick = 1'000'000;                // the background's look while it does not park,
-constexpr i64 kLongTick = 8'000'000;            // and for as long as the foreground keeps draining
+constexpr i64 kLongTick = 8'000'000;            // for as long as the foreground keeps draining,
+constexpr i64 kLongestTick = 48'000'000;        // and if it has drained so often since the last look:
+constexpr u64 kManyDrains = 4;
+constexpr i64 kInUserCode = 1'000'000;          // a foreground that has computed for so long since it drained is
+constexpr i64 kNoMorePatience = 200'000'000;    // and so may be one that has waited for a core for so long
 constexpr i64 kBackgroundPatience = 50'000'000; // without traffic it parks after this
 constexpr i64 kStarved = 10'000'000;
 constexpr i64 kSignalSlice = 500'000'000;       // the main thread looks for Python signals at least this often
@@ -56,7 +60,7 @@ void futex_wake(atomic<u32>& word) {
     syscall(SYS_futex, reinterpret_cast<u32*>(&word), FUTEX_WAKE, std::numeric_limits<int>::max(), nullptr, nullptr, 0);
 }
 
-bool is_main_thread() { return syscall(SYS_gettid) == getpid(); }
+bool is_main_thread() { return thread_id() == process_id(); }
 
 }  // namespace
 
@@ -118,7 +122,8 @@ Lane::Lane(std::shared_ptr<Segment> segment, u64 address)
       store_(segment_, address),
       outbound_(segment_->header().max_lanes),
       spin_limit_(affinity_count() > 1 ? kSpinLimit : 0),  // alone on one core, spinning only keeps the sender away
-      spin_ns_(spin_limit_) {}
+      spin_ns_(spin_limit_),
+      tick_ns_(kTick) {}
 
 Lane::~Lane() = default;  // without close() the lane stays open until somebody reclaims it: it may have pins
 
@@ -501,6 +506,7 @@ bool Lane::try_enter_foreground() { return turn_.try_take(); }
 bool Lane::enter_foreground(i64 deadline_ns) { return turn_.take(deadline_ns); }
 
 void Lane::leave_foreground() {  // LANE-4: the bit, then the rings
+    foreground_thread_.store(thread_id(), std::memory_order_relaxed);
     u32 before = entry_.waiter.load(std::memory_order_relaxed);
     if (before & (kForegroundActive | kForegroundParked)) {
         before = entry_.waiter.fetch_and(~u32(kForegroundActive | kForegroundParked));
@@ -583,9 +589,6 @@ void Lane::tick_with_backlog(u32 seen, i64 end_ns) {
 }
 
 Wait Lane::wait_background(i64 deadline_ns) {
-    u64 drains_seen = foreground_drains_.load();
-    bool ticked = false;
-    i64 tick = kTick;
     for (;;) {
         if (closed_.load()) return Wait::kClosed;
         if (bg_wake_.load() && bg_wake_.exchange(false)) return Wait::kWoken;
@@ -598,19 +601,28 @@ Wait Lane::wait_background(i64 deadline_ns) {
         if (eager.load(std::memory_order_relaxed) > 0) {
             if (ready && !active) return Wait::kReady;
         } else {
-            const u64 drains = foreground_drains_.load();
-            if (ready && !active && ticked && drains == drains_seen) return Wait::kReady;  // LANE-6
-            if (ready || drains != drains_seen) background_active_ns_ = now;
-            tick = ticked && drains != drains_seen ? std::min(2 * tick, kLongTick) : kTick;
-            drains_seen = drains;
+            if (const u64 drains = foreground_drains_.load() - drains_seen_) {
+                tick_ns_ = std::min(2 * tick_ns_, drains < kManyDrains ? kLongTick : kLongestTick);
+                drains_seen_ += drains;
+                drained_ns_ = now;
+                worked_ns_ = thread_work_ns(foreground_thread_.load(std::memory_order_relaxed));
+            } else if (now - drained_ns_ >= kTick && (active || ready)) {  // LANE-6
+                if (!active && !foreground_waits_for_core(now)) {
+                    drained_ns_ = now;
+                    return Wait::kReady;
+                }
+                tick_ns_ = std::min(2 * tick_ns_, kLongestTick);
+            } else {
+                tick_ns_ = kTick;
+            }
+            if (ready || drained_ns_ == now) background_active_ns_ = now;  // something moves
             if (now - background_active_ns_ < kBackgroundPatience) {
                 ticks_.fetch_add(1, std::memory_order_relaxed);
-                const i64 end = std::min(now + tick, deadline_ns);
+                const i64 end = std::min(now + tick_ns_, deadline_ns);
                 if (backlog_bytes_.load() == 0)
                     futex_wait(entry_.bg_word, seen, end);
                 else
                     tick_with_backlog(seen, end);
-                ticked = true;
                 continue;
             }
         }
@@ -622,9 +634,16 @@ Wait Lane::wait_background(i64 deadline_ns) {
         }
         int rc = futex_wait(entry_.bg_word, seen, park_until(deadline_ns));
         entry_.waiter.fetch_and(~u32(kBackgroundParked));
-        ticked = false;
-        if (rc == 0 || rc == EAGAIN) background_active_ns_ = monotonic_ns();
+        drained_ns_ = monotonic_ns();
+        tick_ns_ = kTick;
+        if (rc == 0 || rc == EAGAIN) background_active_ns_ = drained_ns_;
     }
+}
+
+// It would drain, but others have the cores: taking over would take them from it, too.
+bool Lane::foreground_waits_for_core(i64 now) const {
+    const int thread = foreground_thread_.load(std::memory_order_relaxed);
+    return now - drained_ns_ < kNoMorePatience && thread_work_ns(thread) - worked_ns_ < kInUserCode && thread_is_runnable(thread);
 }
 
 void Lane::wake() {
