@@ -449,7 +449,14 @@ def test_bad_command_lines(ray, tmp_path, arguments, words):
     assert found.returncode == 2 and words in found.stderr and "Traceback" not in found.stderr
 
 
-@pytest.mark.parametrize("amount", ["--num-cpus=nan", "--num-cpus=inf", "--num-gpus=-1", '--resources={"disk": -1}'])
+def test_amounts_below_zero_start_nothing(ray, tmp_path):
+    (tmp_path / "script.py").write_text("print('ran')")
+    command = [sys.executable, "-m", "hpc_ray.launcher.cli", "run", "--num-cpus", "-1", "script.py"]
+    found = subprocess.run(command, capture_output=True, text=True, timeout=60, cwd=tmp_path)
+    assert found.returncode == 2 and "--num-cpus" in found.stderr and "ran" not in found.stdout
+
+
+@pytest.mark.parametrize("amount", ["--num-cpus=nan", "--num-cpus=inf", '--resources={"disk": -1}'])
 def test_amounts_that_cannot_be(ray, tmp_path, amount):
     found = subprocess.run(
         [sys.executable, "-m", "hpc_ray.launcher.cli", "start", amount], capture_output=True, text=True, timeout=60, cwd=tmp_path

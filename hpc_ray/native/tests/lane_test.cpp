@@ -304,6 +304,43 @@ TEST(nobody_sleeps_through_a_frame) {  // LANE-3, LANE-4, and want_space
     check_empty(*s);
 }
 
+// A foreground that drains often, and then not for long, because it computes or sleeps.
+TEST(background_looks_rarely_and_takes_over_in_time) {  // LANE-6
+    auto s = make_segment();
+    auto a = Lane::open(s, -1), b = Lane::open(s, -1);
+    std::atomic<int> got{0};
+    std::thread io([&] {
+        Inbox inbox;
+        for (;;) {
+            Wait outcome = b->wait_background(kNever);
+            if (outcome == Wait::kClosed) return;
+            if (outcome == Wait::kReady) got += int(b->drain(inbox, 1000, false));
+        }
+    });
+    for (bool computes : {true, false}) {
+        const u64 before = b->statistics().background_ticks;
+        const i64 start = monotonic_ns();
+        i64 passed = 0;
+        while ((passed = monotonic_ns() - start) < 400'000'000) {
+            send(*a, b->address(), "x");
+            receive(*b, 0, true, 10);
+        }
+        const i64 ticks = i64(b->statistics().background_ticks - before);
+        CHECK(ticks * 4 < passed / 1'000'000);
+        got = 0;
+        send(*a, b->address(), "x");
+        const i64 left = monotonic_ns();
+        while (got == 0) {
+            CHECK(monotonic_ns() - left < 10'000'000'000);
+            if (!computes) std::this_thread::sleep_for(std::chrono::seconds(1));
+        }
+    }
+    b->close(0);
+    io.join();
+    a->close(0);
+    check_empty(*s);
+}
+
 TEST(background_drains_what_nobody_takes) {  // LANE-6
     auto s = make_segment();
     auto a = Lane::open(s, -1), b = Lane::open(s, -1);
