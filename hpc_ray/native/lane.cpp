@@ -12,6 +12,7 @@
 #include <chrono>
 #include <limits>
 #include <thread>
+#include <utility>
 
 #include "process.h"
 #include "reclaim.h"
@@ -26,9 +27,9 @@ constexpr u32 kSpinAgain = 32;                  // waits that park before one sp
 constexpr u32 kFrameUnstored = 1u << 31;           // in a backlog only: a large payload that still lies in private memory
 constexpr i64 kTick = 1'000'000;                // the background's look while it does not park,
 constexpr i64 kLongTick = 8'000'000;            // for as long as the foreground keeps draining,
-constexpr i64 kLongestTick = 48'000'000;        // and if it has drained so often since the last look:
+constexpr i64 kLongestTick = 16'000'000;        // and if it has drained so often since the last look:
 constexpr u64 kManyDrains = 4;
-constexpr i64 kInUserCode = 1'000'000;          // a foreground that has computed for so long since it drained is
+constexpr i64 kInUserCode = 200'000;            // a foreground that has computed for so long since it drained is
 constexpr i64 kNoMorePatience = 200'000'000;    // and so may be one that has waited for a core for so long
 constexpr i64 kBackgroundPatience = 50'000'000; // without traffic it parks after this
 constexpr i64 kStarved = 10'000'000;
@@ -105,6 +106,7 @@ std::shared_ptr<Lane> Lane::open(std::shared_ptr<Segment> segment, int index) {
     if (chosen >= h.lanes_high.load()) h.lanes_high.store(chosen + 1);
     entry.pid.store(u32(getpid()));
     entry.waiter.store(0);
+    entry.alone_since.store(0);
     // Frames may have come before: look at every ring there is.
     for (u32 src = 0; src < h.lanes_high.load(); src++)
         if (s.directory(chosen, src).load() != 0) entry.ready[src / 64].fetch_or(u64(1) << (src % 64));
@@ -337,6 +339,11 @@ void Lane::wake_entry(LaneEntry& entry) {  // LANE-4
             wakes_.fetch_add(1, std::memory_order_relaxed);
             futex_wake(entry.bg_word);
         }
+    } else if (i64 since = entry.alone_since.load(std::memory_order_relaxed)) {  // LANE-6
+        if (monotonic_ns() - since > kTick && entry.alone_since.compare_exchange_strong(since, 0)) {
+            wakes_.fetch_add(1, std::memory_order_relaxed);
+            futex_wake(entry.bg_word);
+        }
     }
 }
 
@@ -507,6 +514,7 @@ bool Lane::enter_foreground(i64 deadline_ns) { return turn_.take(deadline_ns); }
 
 void Lane::leave_foreground() {  // LANE-4: the bit, then the rings
     foreground_thread_.store(thread_id(), std::memory_order_relaxed);
+    if (resting_.load(std::memory_order_relaxed)) entry_.alone_since.store(monotonic_ns(), std::memory_order_relaxed);
     u32 before = entry_.waiter.load(std::memory_order_relaxed);
     if (before & (kForegroundActive | kForegroundParked)) {
         before = entry_.waiter.fetch_and(~u32(kForegroundActive | kForegroundParked));
@@ -522,6 +530,7 @@ i64 Lane::park_until(i64 deadline_ns) {
 
 Wait Lane::wait_foreground(i64 deadline_ns, bool spin) {
     entry_.waiter.fetch_or(kForegroundActive);
+    if (resting_.load(std::memory_order_relaxed)) entry_.alone_since.store(0, std::memory_order_relaxed);
     const i64 start = monotonic_ns();
     auto look = [&](Wait& result) {
         if (closed_.load()) return result = Wait::kClosed, true;
@@ -576,6 +585,21 @@ Wait Lane::wait_foreground(i64 deadline_ns, bool spin) {
     }
 }
 
+void Lane::tick(u32 seen, i64 end_ns) {
+    if (backlog_bytes_.load() != 0) {
+        tick_with_backlog(seen, end_ns);
+    } else if (tick_ns_ <= kLongTick) {
+        futex_wait(entry_.bg_word, seen, end_ns);
+    } else {  // a rest, which senders may end
+        resting_.store(true, std::memory_order_relaxed);
+        if (!(entry_.waiter.load() & kForegroundActive)) entry_.alone_since.store(monotonic_ns(), std::memory_order_relaxed);
+        const int rc = futex_wait(entry_.bg_word, seen, end_ns);
+        resting_.store(false, std::memory_order_relaxed);
+        entry_.alone_since.store(0, std::memory_order_relaxed);
+        hurried_ = rc == 0 || rc == EAGAIN;
+    }
+}
+
 // A tick in which "there is space" wakes: moving a backlog needs neither the GIL nor the foreground's leave.
 void Lane::tick_with_backlog(u32 seen, i64 end_ns) {
     for (;;) {
@@ -601,28 +625,32 @@ Wait Lane::wait_background(i64 deadline_ns) {
         if (eager.load(std::memory_order_relaxed) > 0) {
             if (ready && !active) return Wait::kReady;
         } else {
-            if (const u64 drains = foreground_drains_.load() - drains_seen_) {
-                tick_ns_ = std::min(2 * tick_ns_, drains < kManyDrains ? kLongTick : kLongestTick);
+            const u64 drains = foreground_drains_.load() - drains_seen_;
+            const i64 before = std::exchange(rested_ns_, 0);  // the tick to go back to
+            if (hurried_ || drains) {
+                if (hurried_) {  // somebody sends to who has left long ago: one short look, and then as before if that was the kernel's doing
+                    rested_ns_ = tick_ns_;
+                    tick_ns_ = kTick;
+                } else {
+                    tick_ns_ = before ? before : std::min(2 * tick_ns_, drains < kManyDrains ? kLongTick : kLongestTick);
+                }
+                hurried_ = false;
                 drains_seen_ += drains;
                 drained_ns_ = now;
                 worked_ns_ = thread_work_ns(foreground_thread_.load(std::memory_order_relaxed));
-            } else if (now - drained_ns_ >= kTick && (active || ready)) {  // LANE-6
+            } else if (now - drained_ns_ >= kTick && (active || ready)) {
                 if (!active && !foreground_waits_for_core(now)) {
                     drained_ns_ = now;
                     return Wait::kReady;
                 }
-                tick_ns_ = std::min(2 * tick_ns_, kLongestTick);
+                tick_ns_ = before ? before : std::min(2 * tick_ns_, kLongestTick);
             } else {
                 tick_ns_ = kTick;
             }
             if (ready || drained_ns_ == now) background_active_ns_ = now;  // something moves
             if (now - background_active_ns_ < kBackgroundPatience) {
                 ticks_.fetch_add(1, std::memory_order_relaxed);
-                const i64 end = std::min(now + tick_ns_, deadline_ns);
-                if (backlog_bytes_.load() == 0)
-                    futex_wait(entry_.bg_word, seen, end);
-                else
-                    tick_with_backlog(seen, end);
+                tick(seen, std::min(now + tick_ns_, deadline_ns));
                 continue;
             }
         }

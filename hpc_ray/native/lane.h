@@ -18,7 +18,8 @@
 // LANE-5 (killed wakers): a process killed between setting a bit and waking has a ring with the sleeper, and reclaim
 //   sets the bits and wakes all who have a ring with the dead lane. Parking needs no safety time-out for that.
 // LANE-6 (background comes second): while the foreground thread drains now and then, the background thread does not, and looks
-//   more and more rarely, also while the foreground would drain if it had a core; senders make no system call for it while it ticks.
+//   more and more rarely, also while the foreground would drain if it had a core; senders make no system call for it while it ticks,
+//   unless the foreground has left for a while and it still rests.
 #pragma once
 
 #include <condition_variable>
@@ -148,6 +149,7 @@ class Lane {
     void notify(u32 target);
     void wake_entry(LaneEntry& entry);
     i64 park_until(i64 deadline_ns);
+    void tick(u32 seen, i64 end_ns);
     void tick_with_backlog(u32 seen, i64 end_ns);
     bool foreground_waits_for_core(i64 now) const;
 
@@ -168,6 +170,7 @@ class Lane {
     u32 next_source_ = 0;
     atomic<u64> foreground_drains_{0};
     atomic<int> foreground_thread_{0};  // the last one
+    atomic<bool> resting_{false};       // the background ticks at long intervals
 
     Turn turn_;
     atomic<bool> fg_wake_{false};
@@ -185,6 +188,8 @@ class Lane {
     i64 drained_ns_ = 0;   // when they were seen to grow, or it drained itself or was woken
     i64 worked_ns_ = 0;    // what the foreground's thread had worked when they were
     i64 tick_ns_;
+    i64 rested_ns_ = 0;    // the tick before it was hurried, until the next look
+    bool hurried_ = false;
 
     u64 sent_ = 0, received_ = 0, backlogged_ = 0, dropped_ = 0, lost_ = 0;
     atomic<u64> parks_{0}, spins_{0}, wakes_{0}, ticks_{0};

@@ -60,6 +60,7 @@ struct LaneEntry {
     alignas(64) atomic<u32> waiter;
     atomic<u32> fg_word;
     atomic<u32> bg_word;
+    atomic<i64> alone_since;       // ns; the foreground has left while the background rests: who sends much later wakes that. Or 0
     alignas(64) atomic<u64> ready[kLaneWords];  // bit s: look at the rings shared with lane s (in: frames, out: space)
 };
 static_assert(sizeof(LaneEntry) == 256, "layout");
