@@ -304,19 +304,24 @@ TEST(nobody_sleeps_through_a_frame) {  // LANE-3, LANE-4, and want_space
     check_empty(*s);
 }
 
+// The background's thread of a lane, until that is closed; counts what it takes.
+static std::thread background(Lane& lane, std::atomic<int>& got) {
+    return std::thread([&lane, &got] {
+        Inbox inbox;
+        for (;;) {
+            Wait outcome = lane.wait_background(kNever);
+            if (outcome == Wait::kClosed) return;
+            if (outcome == Wait::kReady) got += int(lane.drain(inbox, 1000, false));
+        }
+    });
+}
+
 // A foreground that drains often, and then not for long, because it computes or sleeps.
 TEST(background_looks_rarely_and_takes_over_in_time) {  // LANE-6
     auto s = make_segment();
     auto a = Lane::open(s, -1), b = Lane::open(s, -1);
     std::atomic<int> got{0};
-    std::thread io([&] {
-        Inbox inbox;
-        for (;;) {
-            Wait outcome = b->wait_background(kNever);
-            if (outcome == Wait::kClosed) return;
-            if (outcome == Wait::kReady) got += int(b->drain(inbox, 1000, false));
-        }
-    });
+    std::thread io = background(*b, got);
     for (bool computes : {true, false}) {
         const u64 before = b->statistics().background_ticks;
         const i64 start = monotonic_ns();
@@ -345,14 +350,7 @@ TEST(background_drains_what_nobody_takes) {  // LANE-6
     auto s = make_segment();
     auto a = Lane::open(s, -1), b = Lane::open(s, -1);
     std::atomic<int> got{0};
-    std::thread io([&] {
-        Inbox inbox;
-        for (;;) {
-            Wait outcome = b->wait_background(kNever);
-            if (outcome == Wait::kClosed) return;
-            if (outcome == Wait::kReady) got += int(b->drain(inbox, 1000, false));
-        }
-    });
+    std::thread io = background(*b, got);
     auto wait_for = [&](int count) {
         i64 start = monotonic_ns();
         while (got < count) {
