@@ -627,16 +627,16 @@ Wait Lane::wait_background(i64 deadline_ns) {
         } else {
             const u64 drains = foreground_drains_.load() - drains_seen_;
             const i64 before = std::exchange(rested_ns_, 0);  // the tick to go back to
-            if (hurried_ || drains) {
-                if (hurried_) {  // somebody sends to who has left long ago: one short look, and then as before if that was the kernel's doing
+            const bool hurried = std::exchange(hurried_, false);
+            if (hurried || drains) {
+                if (hurried) {  // somebody sends to who has left long ago: one short look, and then as before if that was the kernel's doing
                     rested_ns_ = tick_ns_;
                     tick_ns_ = kTick;
                 } else {
                     tick_ns_ = before ? before : std::min(2 * tick_ns_, drains < kManyDrains ? kLongTick : kLongestTick);
                 }
-                hurried_ = false;
                 drains_seen_ += drains;
-                drained_ns_ = now;
+                if (drains) drained_ns_ = now;  // however often it is hurried, patience has its end
                 worked_ns_ = thread_work_ns(foreground_thread_.load(std::memory_order_relaxed));
             } else if (now - drained_ns_ >= kTick && (active || ready)) {
                 if (!active && !foreground_waits_for_core(now)) {
