@@ -102,6 +102,7 @@ class Step:
         self.sharing = room.sharing
         self.size = len(room.nodes)
         self.calls = 0  # that its ranks were given
+        self.awaited = False  # its mpirun's end
         self.number = next(_serial)
         self.present: set[int] = set()  # addresses of those that have attached
         self.seats: dict[int, Seat] = {}  # those that can be called, by rank
@@ -159,6 +160,15 @@ class Step:
         """Whether a rank that is gone was ended by mpirun, for another one's sake."""
         cause = self.client.dead.get(address)
         return cause is not None and cause.kind == "KILLED"
+
+    def end_of_mpirun(self) -> int | None:
+        """Its code; None: it lives. For who hears that it has ended a rank, which may be before the last of its threads is gone: the first
+        time this waits a moment for that."""
+        if not self.awaited:
+            self.awaited = True
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                self.process.wait(_MPIRUN_END_S)
+        return self.process.poll()
 
     def _refuse(self, error: str) -> None:
         self.error = self.error or error
@@ -270,10 +280,7 @@ class Call:
 def death_of(step: Step, number: int, name: str) -> GangError:
     seat = step.seats[number]
     reason = step.death_text(seat.worker)
-    if step.was_ended(seat.worker):  # its ranks hear of mpirun's end before the last of its threads is gone
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            step.process.wait(_MPIRUN_END_S)
-    code = step.process.poll()
+    code = step.end_of_mpirun() if step.was_ended(seat.worker) else step.process.poll()
     if code is not None:
         reason += f"; mpirun was killed by {signal.Signals(-code).name}" if code < 0 else f"; mpirun ended with {code}"
     return GangError(name, number, step.size, seat.pid, seat.hostname, reason)

