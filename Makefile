@@ -205,7 +205,7 @@ CONFORM_PLAIN = $(call conform,) && $(call conform,--suite more)
 # With the oldest Python last, while the boxes' tests still wait.
 BOXES = tests/hosts tests/slurm tests/testbed
 test-python: $(VENV)/.libraries $(VENV)/.installed $(oldest_installed)
-	$(call pytest_beside,$(VENV),-m 'not stress' --ignore=tests/stress $(BOXES:%=--ignore=%),$(BOXES),$(if $(PYTEST_ARGS),,$(CONFORM_PLAIN) && $(oldest)))
+	$(call pytest_beside,$(VENV),-m 'not stress' --ignore=tests/stress $(BOXES:%=--ignore=%),$(BOXES),$(if $(PYTEST_ARGS),,$(CONFORM_PLAIN) || status=$$?; $(oldest)))
 
 # Loads and breaks sessions for minutes; wants a machine on which nothing else of hpc_ray runs.
 stress: $(VENV)/.train $(VENV)/.installed

@@ -449,11 +449,13 @@ def test_bad_command_lines(ray, tmp_path, arguments, words):
     assert found.returncode == 2 and words in found.stderr and "Traceback" not in found.stderr
 
 
-def test_amounts_below_zero_start_nothing(ray, tmp_path):
+@pytest.mark.parametrize("arguments", [["run", "--num-cpus=-1", "script.py"], ["start", "--num-gpus=-1"]])
+def test_amounts_below_zero_start_nothing(ray, tmp_path, arguments):
     (tmp_path / "script.py").write_text("print('ran')")
-    command = [sys.executable, "-m", "hpc_ray.launcher.cli", "run", "--num-cpus", "-1", "script.py"]
+    command = [sys.executable, "-m", "hpc_ray.launcher.cli", *arguments]
     found = subprocess.run(command, capture_output=True, text=True, timeout=60, cwd=tmp_path)
-    assert found.returncode == 2 and "--num-cpus" in found.stderr and "ran" not in found.stdout
+    option = arguments[1].partition("=")[0]
+    assert found.returncode == 2 and option in found.stderr and "Traceback" not in found.stderr and "ran" not in found.stdout
 
 
 @pytest.mark.parametrize("amount", ["--num-cpus=nan", "--num-cpus=inf", '--resources={"disk": -1}'])
