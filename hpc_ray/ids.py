@@ -51,14 +51,14 @@ def raylet_address(node: int) -> int:
 
 
 GCS_ADDRESS = address_of(0, GCS_LANE)
-_ROLES = {RAYLET_LANE: "raylet", LINK_LANE: "link", GCS_LANE: "GCS", FORK_SERVER_LANE: "fork server"}
+_ROLES = {RAYLET_LANE: "raylet", LINK_LANE: "link", FORK_SERVER_LANE: "fork server"}
 
 
 def name_of(address: int) -> str:
     """Who it is, for people."""
-    role = _ROLES.get(lane_of(address))
-    if role == "GCS":
+    if lane_of(address) == GCS_LANE:
         return "the GCS"
+    role = _ROLES.get(lane_of(address))
     return f"the {role} of node {node_of(address)}" if role else f"process {address:#x} of node {node_of(address)}"
 
 

@@ -165,7 +165,7 @@ class Client:
         self._welcomed = waiter
         self.send(self.raylet, ProcessStarted(self.kind, self.worker_id, self.pid, self.token))
         if not self.block(waiter, timeout_s):
-            raise exceptions.LaunchError(f"the raylet of node {self.node} did not answer within {timeout_s:g} s")
+            raise exceptions.LaunchError(f"{name_of(self.raylet)} did not answer within {timeout_s:g} s")
         assert self.welcome is not None
         if self.welcome.refusal:
             raise exceptions.LaunchError(self.welcome.refusal)
