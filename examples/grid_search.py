@@ -25,7 +25,7 @@ def search():
 
 
 def main():
-    ray.init(num_cpus=4, ignore_reinit_error=True)
+    ray.init(num_cpus=2, ignore_reinit_error=True)
     register_ray()
     started = time.perf_counter()
     with joblib.parallel_config("ray"):

@@ -17,7 +17,7 @@ NAMES = ["node1", "node2", "node3"]
 
 
 @pytest.mark.timeout(170)
-@pytest.mark.parametrize("how", CASES)
+@pytest.mark.parametrize("how", ["mpirun", pytest.param("tcp", marks=pytest.mark.thorough)])
 def test_cases_of_clusters(hosts, how):
     agent = hosts.tool("agent")
     variables: dict[str, str] = {}

@@ -49,6 +49,7 @@ def test_training_by_mpirun(hosts):
     hosts.await_nothing_left()
 
 
+@pytest.mark.each_mpi
 def test_work_on_three_hosts(hosts):
     process = over_mpi(hosts, WORK)
     out, err = process.communicate(timeout=90)
@@ -80,7 +81,7 @@ def test_two_worlds_do_not_see_each_other(hosts):
     hosts.await_nothing_left()
 
 
-@pytest.mark.parametrize("how", ["--hosts", "--survive-nodes", "mpirun"])
+@pytest.mark.parametrize("how", ["--hosts", *(pytest.param(how, marks=pytest.mark.thorough) for how in ("--survive-nodes", "mpirun"))])
 def test_gangs_over_hosts(how, hosts):
     """Their ranks are a job step on three hosts, which is started as the session was: by its agent."""
     agent = hosts.tool("agent")
@@ -124,7 +125,7 @@ def test_the_solver_on_three_hosts(more, hosts):
     hosts.await_nothing_left()
 
 
-@pytest.mark.parametrize("fault", ["kill-node", "power-off", "partition"])
+@pytest.mark.parametrize("fault", ["kill-node", "power-off", pytest.param("partition", marks=pytest.mark.thorough)])
 def test_a_lost_session_goes_on_with_the_hosts_left(fault, hosts):
     process = over_mpi(hosts, "--relaunch", 1, PROGRAMS / "resume.py")
     await_ready(process)

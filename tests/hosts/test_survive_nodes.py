@@ -33,6 +33,7 @@ def finished(process: subprocess.Popen, code: int = 0) -> tuple[str, str]:
     return out, err
 
 
+@pytest.mark.thorough
 def test_training_on_three_hosts(hosts):
     """The weights are those of one host to the last bit."""
     pytest.importorskip("torch", reason="torch is not installed")

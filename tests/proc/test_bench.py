@@ -51,6 +51,7 @@ def test_no_row_of_this_name(tmp_path):
     assert "nothing was measured" in found.stdout
 
 
+@pytest.mark.thorough
 def test_scale_predicts_and_checks(tmp_path):
     """With costs that are given: what is slow is to measure them."""
     if importlib.util.find_spec("matplotlib") is None:
@@ -68,6 +69,7 @@ def test_scale_predicts_and_checks(tmp_path):
     assert (tmp_path / "found.png").stat().st_size > 10_000
 
 
+@pytest.mark.thorough
 def test_bare_compares_with_the_machine_itself(tmp_path):
     found = bench(tmp_path, "--rounds", "1", "--turns", "1", "--mib", "16", runner="bare")
     assert found.returncode == 0, found.stdout + found.stderr

@@ -41,6 +41,7 @@ def test_the_table():
     assert "✓  Python" in done.stdout and "1 host, 0 errors" in done.stdout, done.stdout + done.stderr
 
 
+@pytest.mark.each_mpi
 @needs_mpi
 @pytest.mark.links
 def test_ranks_answer_as_one():

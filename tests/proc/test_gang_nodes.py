@@ -56,6 +56,7 @@ def test_a_gang_that_is_larger_than_a_node(session, eventually):
     eventually(lambda: free_cpus() == 4, "what the gang had is free")
 
 
+@pytest.mark.each_mpi
 def test_ranks_on_each_node(session):
     @ray.remote(mpi_ranks=2)
     def where():

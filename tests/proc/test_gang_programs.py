@@ -85,6 +85,7 @@ for ranks, strategy in zip(found, strategies):
 """
 
 
+@pytest.mark.each_mpi
 @pytest.mark.usefixtures("no_leaks")
 def test_gangs_on_the_nodes_of_a_launched_world(tmp_path):
     program = tmp_path / "program.py"

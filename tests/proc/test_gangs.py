@@ -65,6 +65,7 @@ def pids():
 # ------------------------------------------------------------------ what a gang does
 
 
+@pytest.mark.each_mpi
 def test_every_rank_gets_the_arguments_and_a_communicator(session):
     array = np.ones(200_000)  # more than fits into a message
     wanted = [(rank, 3, 1_200_000.0) for rank in range(3)]
@@ -229,6 +230,7 @@ def test_a_rank_that_raises_ends_its_gang_only(session, gate):
     assert len(ray.get(added.remote(np.ones(1)))) == 3
 
 
+@pytest.mark.each_mpi
 @pytest.mark.parametrize(
     ("how", "text"),
     [
@@ -248,6 +250,7 @@ def test_a_rank_that_ends_takes_its_gang_along_only(session, gate, how, text):
     assert len(ray.get(added.remote(np.ones(1)))) == 3
 
 
+@pytest.mark.each_mpi
 def test_ranks_that_mpirun_ends_say_so(session, gate):
     @ray.remote(mpi_ranks=2)
     def without_mpirun():
@@ -459,6 +462,7 @@ def test_one_rank(session):
     assert ray.get(only) == 3.0
 
 
+@pytest.mark.each_mpi
 def test_a_named_actor_and_its_end(session, eventually):
     solver = Solver.options(name="of the gang").remote(np.ones(3))
     other = ray.get_actor("of the gang")
@@ -615,6 +619,7 @@ os.write(1, f"rank {comm.rank} sum {comm.allreduce(1)}\\n".encode())  # in one p
 """
 
 
+@pytest.mark.each_mpi
 def test_an_mpi_program_is_a_task(session):
     found = ray.mpi_run([sys.executable, "-c", PROGRAM], ranks=2)
     assert found.returncode == 0, found.stderr

@@ -54,6 +54,7 @@ def finished(command: list[str], *, timeout_s: float = 60, **options) -> subproc
 # ------------------------------------------------------------------ the transport alone
 
 
+@pytest.mark.each_mpi
 def test_messages_and_objects_arrive_whole():
     done = finished(mpirun(3, sys.executable, str(Path(__file__).with_name("link_program.py"))), timeout_s=110)
     assert done.returncode == 0, done.stderr
@@ -126,6 +127,7 @@ def shared_files(pids: list[int]) -> set[str]:
     return {line[line.index("/dev/shm/") :] for line in lines if "/dev/shm/" in line and "(deleted)" not in line}
 
 
+@pytest.mark.each_mpi
 def test_actors_and_objects_on_three_nodes(transport):
     text = """
 n = 2_000_000
@@ -257,6 +259,7 @@ time.sleep(1000)
     assert max(shares) < 0.03
 
 
+@pytest.mark.each_mpi
 @pytest.mark.parametrize("victim", ["driver", "mpirun", "head link"])
 def test_a_death_ends_all(victim, transport, eventually):
     if transport == "tcp" and victim == "mpirun":
@@ -383,6 +386,7 @@ WAYS = {
 }
 
 
+@pytest.mark.each_mpi
 @pytest.mark.parametrize("way", WAYS)
 def test_ways_to_start(way, script):
     done = finished([*WAYS[way](script("sys.exit(7)")), "a", "-b"], input="hello\n")
@@ -502,6 +506,7 @@ def test_errors_are_said_once(tmp_path):
     assert done.returncode == 2 and "No such option" in done.stderr
 
 
+@pytest.mark.each_mpi
 @pytest.mark.skipif(shutil.which("taskset") is None, reason="there is no taskset")
 def test_binding_of_ranks_is_undone(script):
     """A launcher has bound each rank to a core: driver and workers have all that this host lets us use all the same."""

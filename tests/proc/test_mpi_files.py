@@ -150,6 +150,7 @@ def test_the_topology_goes_when_all_ranks_are_up():
     other.unlink()
 
 
+@pytest.mark.each_mpi
 def test_a_session_has_no_topology_to_leave(own_world):
     """Once it is up, so that none stays when everything is killed."""
     import hpc_ray

@@ -14,6 +14,7 @@ pytestmark = [pytest.mark.slurm, pytest.mark.timeout(170)]
 RUNNER = str(Path(__file__).parents[1] / "conformance" / "runner.py")
 
 
+@pytest.mark.thorough
 def test_cases_of_clusters_by_srun(slurm):
     shared = slurm.folder / "conformance"  # the cases' own files: tasks on the other host must see them
     shared.mkdir()

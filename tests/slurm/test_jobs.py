@@ -68,6 +68,7 @@ def test_what_slurm_refuses_comes_with_what_there_is(slurm):
     assert "invalid partition" in err.lower() and "These partitions are there" in err
 
 
+@pytest.mark.thorough
 @pytest.mark.skipif(importlib.util.find_spec("torch") is None, reason="torch is not installed (extra train)")
 def test_training_on_two_hosts(slurm):
     """As a user would."""

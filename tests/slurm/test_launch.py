@@ -25,6 +25,7 @@ def right(ended, hosts=2, code=3):
     assert ended.returncode == code, ended.stderr
 
 
+@pytest.mark.each_mpi
 @pytest.mark.parametrize("options", [["--ntasks-per-node=1"], ["--ntasks-per-node=2", "--cpus-per-task=2"]])
 def test_srun(slurm, hosts, options):
     ended = slurm.run("srun", f"--mpi={slurm.mpi}", "-N2", *options, HPC_RAY, "run", hosts)
