@@ -12,13 +12,20 @@ from hpc_ray.exceptions import LaunchError
 from hpc_ray.launcher import world
 
 CONFORMANCE = Path(__file__).parents[1] / "conformance"
-CASES = {"mpirun": ["fault_tolerance", "placement_groups", "actor_names/detached*"], "tcp": ["fault_tolerance"]}
 NAMES = ["node1", "node2", "node3"]
 
 
 @pytest.mark.timeout(170)
-@pytest.mark.parametrize("how", ["mpirun", pytest.param("tcp", marks=pytest.mark.thorough)])
-def test_cases_of_clusters(hosts, how):
+@pytest.mark.parametrize(
+    ("how", "cases"),
+    [
+        ("mpirun", ["fault_tolerance"]),
+        pytest.param("mpirun", ["placement_groups", "actor_names/detached*"], marks=pytest.mark.thorough),
+        pytest.param("tcp", ["fault_tolerance"], marks=pytest.mark.thorough),
+    ],
+    ids=["mpirun", "mpirun-more", "tcp"],
+)
+def test_cases_of_clusters(hosts, how, cases):
     agent = hosts.tool("agent")
     variables: dict[str, str] = {}
     if how == "mpirun":
@@ -33,7 +40,7 @@ def test_cases_of_clusters(hosts, how):
     shared = hosts.folder / "conformance"  # the cases' own files: tasks on other hosts must see them
     shared.mkdir(exist_ok=True)
     line = shlex.join(["env", "-u", "TMPDIR", *map(str, launch)])
-    chosen = [word for case in CASES[how] for word in ("--only", case)]
+    chosen = [word for case in cases for word in ("--only", case)]
     check = [sys.executable, CONFORMANCE / "runner.py", "check", "--engine", "hpc_ray", *chosen, "--launch", line]
     process = hosts.start(1, *check, TMPDIR=str(shared), **world.under_root(variables))
     out, err = process.communicate(timeout=160)

@@ -36,6 +36,7 @@ def await_ready(process: subprocess.Popen) -> None:
     raise AssertionError(process.stderr.read())
 
 
+@pytest.mark.thorough
 def test_training_by_mpirun(hosts):
     """As a user of MPI starts it, one rank on each host."""
     pytest.importorskip("torch", reason="torch is not installed")
@@ -57,7 +58,7 @@ def test_work_on_three_hosts(hosts):
     hosts.await_nothing_left()
 
 
-@pytest.mark.parametrize("fault", ["kill-node", "power-off", "partition"])
+@pytest.mark.parametrize("fault", ["kill-node", pytest.param("power-off", marks=pytest.mark.thorough), "partition"])
 def test_a_host_is_lost(fault, hosts):
     """The session ends with a message, not with a hang and not as if all were well, and leaves nothing anywhere."""
     process = over_mpi(hosts, WORK, "watch")
@@ -114,7 +115,7 @@ def test_a_session_ends_while_ranks_are_busy(more, what, hosts):
     hosts.await_nothing_left()
 
 
-@pytest.mark.parametrize("more", [[], ["--survive-nodes"]], ids=["MPI", "TCP"])
+@pytest.mark.parametrize("more", [pytest.param([], id="MPI"), pytest.param(["--survive-nodes"], id="TCP", marks=pytest.mark.thorough)])
 def test_the_solver_on_three_hosts(more, hosts):
     """The example, whose answer is checked against a serial solver."""
     solver = Path(__file__).parents[2] / "examples" / "parallel_solver.py"
@@ -125,7 +126,7 @@ def test_the_solver_on_three_hosts(more, hosts):
     hosts.await_nothing_left()
 
 
-@pytest.mark.parametrize("fault", ["kill-node", "power-off", pytest.param("partition", marks=pytest.mark.thorough)])
+@pytest.mark.parametrize("fault", [pytest.param(fault, marks=pytest.mark.thorough) for fault in ("kill-node", "partition")] + ["power-off"])
 def test_a_lost_session_goes_on_with_the_hosts_left(fault, hosts):
     process = over_mpi(hosts, "--relaunch", 1, PROGRAMS / "resume.py")
     await_ready(process)

@@ -47,7 +47,9 @@ def test_training_on_three_hosts(hosts):
     hosts.await_nothing_left()
 
 
-@pytest.mark.parametrize("fault", ["kill-node", "power-off", "partition", "unplug"])
+@pytest.mark.parametrize(
+    "fault", ["kill-node", "partition", *(pytest.param(fault, marks=pytest.mark.thorough) for fault in ("power-off", "unplug"))]
+)
 def test_a_host_is_lost(fault, hosts):
     """Its work moves, its objects are made again, its actor starts elsewhere; the driver ends well. The host that is only cut off ends
     what it has when it hears nothing, and nothing comes back when it can be reached again."""
@@ -158,6 +160,7 @@ def test_the_head_on_a_host_without_a_part(hosts):
     hosts.await_nothing_left()
 
 
+@pytest.mark.thorough
 def test_two_clusters_do_not_see_each_other(hosts):
     """Nor does the end of one touch the other."""
     one = survive(hosts, WORK, "stay")

@@ -14,7 +14,7 @@ def findings(report, topic):
     return [row for row in report["findings"] if row["topic"] == topic]
 
 
-@pytest.mark.parametrize("launch", ["salloc", "srun"])
+@pytest.mark.parametrize("launch", ["salloc", pytest.param("srun", marks=pytest.mark.thorough)])
 def test_all_nodes(slurm, launch):
     """In an allocation it starts a rank on each node by itself; in ranks it is one of them."""
     line = ["salloc", "-N3"] if launch == "salloc" else ["srun", f"--mpi={slurm.mpi}", "-N3", "--ntasks-per-node=2"]

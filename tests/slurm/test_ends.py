@@ -56,7 +56,7 @@ def test_timed_out(slurm, box):
     assert job.returncode != 0 and "TIMEOUT" in err, err
 
 
-@pytest.mark.parametrize("launch", ["srun", "mpirun", "hpc-ray"])
+@pytest.mark.parametrize("launch", ["srun", "mpirun", pytest.param("hpc-ray", marks=pytest.mark.thorough)])
 def test_a_host_dies(slurm, box, launch):
     """The world ends with it, on the other hosts too."""
     program = slurm.program("busy", BUSY)

@@ -31,7 +31,7 @@ def test_two_hosts_and_the_exit_code(slurm):
     assert "FAILED" in err and "exit code 3" in err
 
 
-@pytest.mark.parametrize(("signal", "code"), [("", 143), ("USR1", 138)])
+@pytest.mark.parametrize(("signal", "code"), [("", 143), pytest.param("USR1", 138, marks=pytest.mark.thorough)])
 def test_the_driver_drains(slurm, signal, code):
     with slurm.submit(slurm.program(f"drains{signal}", DRAINS), "-N", "2") as child:
         number = slurm.job_of(child)
@@ -45,7 +45,7 @@ def test_the_driver_drains(slurm, signal, code):
     assert state.state == ("FAILED" if signal else "CANCELLED")
 
 
-@pytest.mark.parametrize("more", [[], ["--survive-nodes"]], ids=["MPI", "TCP"])
+@pytest.mark.parametrize("more", [pytest.param([], id="MPI"), pytest.param(["--survive-nodes"], id="TCP", marks=pytest.mark.thorough)])
 def test_a_suspended_job_goes_on(slurm, more, monkeypatch):
     """Nobody is taken for dead who stood still together with all others."""
     monkeypatch.setitem(slurm.environment, "HPC_RAY_HEARTBEAT_S", "0.2")
@@ -79,8 +79,15 @@ def test_training_on_two_hosts(slurm):
     assert "2 workers" in out and "COMPLETED" in err, out + err
 
 
-@pytest.mark.parametrize("where", [[], ["--ranks-per-node", "2"]], ids=["one host", "both hosts"])
-@pytest.mark.parametrize("launch", ["srun", "mpirun"])
+@pytest.mark.parametrize(
+    ("launch", "where"),
+    [
+        pytest.param("srun", [], id="srun-one host"),
+        pytest.param("srun", ["--ranks-per-node", "2"], id="srun-both hosts", marks=pytest.mark.thorough),
+        pytest.param("mpirun", [], id="mpirun-one host", marks=pytest.mark.thorough),
+        pytest.param("mpirun", ["--ranks-per-node", "2"], id="mpirun-both hosts"),
+    ],
+)
 def test_a_gang_in_a_job(slurm, launch, where):
     """Its ranks are a step of their own, whatever started the job's; the answer is checked against a serial solver."""
     script = str(ROOT / "examples" / "parallel_solver.py")

@@ -95,7 +95,7 @@ def test_mpirun_in_sbatch(slurm, hosts):
     assert ended.returncode != 0
 
 
-@pytest.mark.parametrize("launch", ["srun", "mpirun"])
+@pytest.mark.parametrize("launch", ["srun", pytest.param("mpirun", marks=pytest.mark.thorough)])
 def test_a_gang_on_all_hosts_of_a_job(slurm, launch):
     """Its ranks are a step of their own there, by the means of the allocation."""
     script = str(Path(__file__).parents[1] / "hosts" / "programs" / "gang.py")

@@ -27,7 +27,7 @@ def test_a_host_dies(slurm, box):
     slurm.await_nothing_left()
 
 
-@pytest.mark.parametrize(("signal", "code"), [([], 143), (["--batch", "--signal=USR1"], 138)])
+@pytest.mark.parametrize(("signal", "code"), [([], 143), pytest.param(["--batch", "--signal=USR1"], 138, marks=pytest.mark.thorough)])
 def test_the_driver_drains(slurm, signal, code):
     with slurm.submit(slurm.program("drains", DRAINS), "-N", "2", "--survive-nodes") as job:
         number = slurm.job_of(job)
