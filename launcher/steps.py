@@ -6,6 +6,11 @@ neither launcher nor fate with the job that the session itself may be.
 STEP-1 (its death is its own): whatever happens in a step ends at most the step.
 STEP-2 (nothing left): the step ends with the worker. ``end`` has mpirun end its ranks; whoever is killed instead leaves processes that
 carry the worker's mark, which the fork server ends. On other hosts ranks end with the daemon that mpirun has there.
+STEP-3 (its own share): a step is a session of the kernel, as it is on other hosts under the daemon that mpirun has there. To Linux a
+session is one group that is given CPUs (sched_autogroup). Up to 6.18.44 such a group could keep a CPU for itself, for minutes, while one
+of its processes was always ready to run and another one fell asleep and woke thousands of times a second (reweight_entity; mended by
+101f3498b4bd). Ranks of Open MPI do the one where they wait in a call and the other where they wait in MPI_Init; so two gangs that
+started in one session starved all others on their CPUs, among them those whom they waited for.
 """
 
 from __future__ import annotations
@@ -70,7 +75,7 @@ def start(
     environment |= session.launcher_variables(folder) | variables
     line = world.mpirun_command(mpirun, len(hosts), command, extra, passed=passed, tolerant=not program)
     try:
-        return subprocess.Popen(line, env=environment, stdin=subprocess.DEVNULL, **options)
+        return subprocess.Popen(line, env=environment, stdin=subprocess.DEVNULL, start_new_session=True, **options)  # STEP-3
     except OSError as error:
         raise LaunchError(f"{mpirun.path} cannot be run: {error}") from None
 
