@@ -18,6 +18,8 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
+from collections import Counter
+from collections.abc import Iterable
 from itertools import groupby
 from typing import Any
 
@@ -26,6 +28,7 @@ from hpc_ray.exceptions import LaunchError
 from hpc_ray.launcher import host, mpi_files, session, world
 
 RANK_VARIABLE = "HPC_RAY_RANK"  # JSON for ``worker.rank``
+_TAIL_BYTES = 2000  # of what mpirun has printed, in an error
 _END_S = 3.0  # for mpirun to end its ranks, before it is killed
 # Open MPI 5 loses track of ranks on other hosts that end while it still starts others, and never ends then (5.0.11: one run of hostname
 # in six, on three busy hosts; none in two hundred where each lasted half a second).
@@ -78,6 +81,37 @@ def start(
         return subprocess.Popen(line, env=environment, stdin=subprocess.DEVNULL, start_new_session=True, **options)  # STEP-3
     except OSError as error:
         raise LaunchError(f"{mpirun.path} cannot be run: {error}") from None
+
+
+def progress(hosts: Iterable[str], begun: Iterable[str], up: Iterable[str]) -> str:
+    """How far the ranks on each host have come, for people; a pure function. Each argument has the host of every rank: of all, of those
+    that have attached to their nodes, of those that are through MPI_Init."""
+    come, through = Counter(begun), Counter(up)
+    texts = []
+    for name, count in Counter(hosts).items():
+        stages = ((through[name], "up"), (come[name] - through[name], "in MPI_Init"), (count - come[name], "not begun"))
+        texts.append(f"{name}: " + ", ".join(f"{number} {stage}" for number, stage in stages if number > 0))
+    return "; ".join(texts)
+
+
+class Printed:
+    """What this worker's stderr gets from now on, its steps' words among it, as the fork server notes it down."""
+
+    def __init__(self, session_dir: str):
+        self.path = f"{session_dir}/logs/worker-{os.getpid()}.err"
+        try:
+            self.start = os.stat(self.path).st_size
+        except OSError:
+            self.start = 0  # nothing was printed yet
+
+    def tail(self) -> str:
+        """The end of it; "" for nothing."""
+        try:
+            with open(self.path, "rb") as file:
+                file.seek(max(self.start, os.fstat(file.fileno()).st_size - _TAIL_BYTES))
+                return file.read().decode("utf-8", "replace").strip()
+        except OSError:
+            return ""
 
 
 def end(process: subprocess.Popen, began: float) -> None:

@@ -380,6 +380,14 @@ def test_a_gang_that_cannot_start_says_why(session):
         ray.get(pids.options(runtime_env={"env_vars": {"MPI4PY_LIBMPI": "/not/there.so"}}).remote())
 
 
+def test_ranks_that_do_not_come_up_are_counted(session, tmp_path):
+    """The error names the host, with how far its ranks have come."""
+    (tmp_path / "sitecustomize.py").write_text("import os\nif 'HPC_RAY_RANK' in os.environ: os._exit(3)")
+    host = os.uname().nodename
+    with pytest.raises(LaunchError, match=rf"mpirun ended with \d+ before its 2 ranks were up\n{host}: 2 not begun\nload of {host}"):
+        ray.get(pids.options(runtime_env={"env_vars": {"PYTHONPATH": str(tmp_path)}}).remote())
+
+
 def test_a_step_is_a_session_of_its_own(session):
     """STEP-3: two in one session can starve those whom they wait for."""
     kernel_session = ray.remote(lambda: os.getsid(0))
