@@ -6,6 +6,11 @@ neither launcher nor fate with the job that the session itself may be.
 STEP-1 (its death is its own): whatever happens in a step ends at most the step.
 STEP-2 (nothing left): the step ends with the worker. ``end`` has mpirun end its ranks; whoever is killed instead leaves processes that
 carry the worker's mark, which the fork server ends. On other hosts ranks end with the daemon that mpirun has there.
+STEP-3 (its own share): a step is a session of the kernel, as it is on other hosts under the daemon that mpirun has there. To Linux a
+session is one group that is given CPUs (sched_autogroup). Up to 6.18.44 such a group could keep a CPU for itself, for minutes, while one
+of its processes was always ready to run and another one fell asleep and woke thousands of times a second (reweight_entity; mended by
+101f3498b4bd). Ranks of Open MPI do the one where they wait in a call and the other where they wait in MPI_Init; so two gangs that
+started in one session starved all others on their CPUs, among them those whom they waited for.
 """
 
 from __future__ import annotations
@@ -13,6 +18,8 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
+from collections import Counter
+from collections.abc import Iterable
 from itertools import groupby
 from typing import Any
 
@@ -21,6 +28,7 @@ from hpc_ray.exceptions import LaunchError
 from hpc_ray.launcher import host, mpi_files, session, world
 
 RANK_VARIABLE = "HPC_RAY_RANK"  # JSON for ``worker.rank``
+_TAIL_BYTES = 2000  # of what mpirun has printed, in an error
 _END_S = 3.0  # for mpirun to end its ranks, before it is killed
 # Open MPI 5 loses track of ranks on other hosts that end while it still starts others, and never ends then (5.0.11: one run of hostname
 # in six, on three busy hosts; none in two hundred where each lasted half a second).
@@ -70,9 +78,40 @@ def start(
     environment |= session.launcher_variables(folder) | variables
     line = world.mpirun_command(mpirun, len(hosts), command, extra, passed=passed, tolerant=not program)
     try:
-        return subprocess.Popen(line, env=environment, stdin=subprocess.DEVNULL, **options)
+        return subprocess.Popen(line, env=environment, stdin=subprocess.DEVNULL, start_new_session=True, **options)  # STEP-3
     except OSError as error:
         raise LaunchError(f"{mpirun.path} cannot be run: {error}") from None
+
+
+def progress(hosts: Iterable[str], begun: Iterable[str], up: Iterable[str]) -> str:
+    """How far the ranks on each host have come, for people; a pure function. Each argument has the host of every rank: of all, of those
+    that have attached to their nodes, of those that are through MPI_Init."""
+    come, through = Counter(begun), Counter(up)
+    texts = []
+    for name, count in Counter(hosts).items():
+        stages = ((through[name], "up"), (come[name] - through[name], "in MPI_Init"), (count - come[name], "not begun"))
+        texts.append(f"{name}: " + ", ".join(f"{number} {stage}" for number, stage in stages if number > 0))
+    return "; ".join(texts)
+
+
+class Printed:
+    """What this worker's stderr gets from now on, its steps' words among it, as the fork server notes it down."""
+
+    def __init__(self, session_dir: str):
+        self.path = f"{session_dir}/logs/worker-{os.getpid()}.err"
+        try:
+            self.start = os.stat(self.path).st_size
+        except OSError:
+            self.start = 0  # nothing was printed yet
+
+    def tail(self) -> str:
+        """The end of it; "" for nothing."""
+        try:
+            with open(self.path, "rb") as file:
+                file.seek(max(self.start, os.fstat(file.fileno()).st_size - _TAIL_BYTES))
+                return file.read().decode("utf-8", "replace").strip()
+        except OSError:
+            return ""
 
 
 def end(process: subprocess.Popen, began: float) -> None:

@@ -42,7 +42,7 @@ from hpc_ray.client.waiting import Waiter
 from hpc_ray.exceptions import AsyncioActorExit, GangError, LaunchError, MPIError, RayError, TaskCancelledError
 from hpc_ray.ids import GCS_ADDRESS, TaskID
 from hpc_ray.interpreter import python_command
-from hpc_ray.launcher import mpi_files, steps
+from hpc_ray.launcher import host, mpi_files, steps
 from hpc_ray.protocol import (
     ActorFailed,
     ActorSpec,
@@ -104,7 +104,8 @@ class Step:
         self.calls = 0  # that its ranks were given
         self.awaited = False  # its mpirun's end
         self.number = next(_serial)
-        self.present: set[int] = set()  # addresses of those that have attached
+        self.hosts = room.hosts  # of the ranks
+        self.present: dict[int, str] = {}  # addresses of those that have attached, and their hosts
         self.seats: dict[int, Seat] = {}  # those that can be called, by rank
         self.error = ""
         self.arrived = Waiter(self.size)  # done when all can be called, or one cannot
@@ -119,6 +120,7 @@ class Step:
             "runtime_env": context.runtime_env,
         }
         self.began = time.time()
+        self.printed = steps.Printed(config.session_dir)
         variables = {}
         if gangs.executor.visible_gpus is not None:
             variables["CUDA_VISIBLE_DEVICES"] = gangs.executor.visible_gpus
@@ -140,7 +142,7 @@ class Step:
 
     def on_here(self, source: int, message: RankHere) -> None:
         """Under the client's lock."""
-        self.present.add(source)
+        self.present[source] = message.hostname
         if message.number >= 0:
             self.seats[message.number] = Seat(source, message)
             self.arrived.one()
@@ -180,12 +182,23 @@ class Step:
         while not self.client.block(self.arrived, _LOOK_S, gives_way=False):
             code = self.process.poll()
             if code is not None:
-                raise LaunchError(f"mpirun ended with {code} before its {self.size} ranks were up; see what it printed")
+                raise LaunchError(f"mpirun ended with {code} before its {self.size} ranks were up{self._circumstances()}")
             if time.monotonic() > deadline:
-                came = f"{len(self.seats)} of {self.size} ranks came up within {timeout_s:g} s"
-                raise LaunchError(f"{came} (HPC_RAY_START_TIMEOUT_S)")
+                came = f"{len(self.seats)} of {self.size} ranks came up within {timeout_s:g} s (HPC_RAY_START_TIMEOUT_S)"
+                raise LaunchError(came + self._circumstances())
         if self.error:
             raise LaunchError(self.error)
+
+    def _circumstances(self) -> str:
+        """Of a start that has failed."""
+        with self.client.lock:
+            begun, up = list(self.present.values()), [seat.hostname for seat in self.seats.values()]
+        printed = self.printed.tail()
+        return (
+            f"\n{steps.progress(self.hosts, begun, up)}"
+            f"\nload of {self.client.config.hostname}: {os.getloadavg()[0]:.0f} on {host.cpu_count()} CPUs"
+            + (f"\nmpirun (pid {self.process.pid}) or a rank printed:\n{printed}" if printed else "\nmpirun printed nothing")
+        )
 
     def is_up(self) -> bool:
         return self.process.poll() is None and not any(seat.worker in self.client.dead for seat in self.seats.values())

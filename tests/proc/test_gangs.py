@@ -383,6 +383,23 @@ def test_a_gang_that_cannot_start_says_why(session):
         ray.get(pids.options(runtime_env={"env_vars": {"MPI4PY_LIBMPI": "/not/there.so"}}).remote())
 
 
+def test_ranks_that_do_not_come_up_are_counted(session, tmp_path):
+    """The error names the host, with how far its ranks have come."""
+    (tmp_path / "sitecustomize.py").write_text("import os\nif 'HPC_RAY_RANK' in os.environ: os._exit(3)")
+    host = os.uname().nodename
+    with pytest.raises(LaunchError, match=rf"mpirun ended with \d+ before its 2 ranks were up\n{host}: 2 not begun\nload of {host}"):
+        ray.get(pids.options(runtime_env={"env_vars": {"PYTHONPATH": str(tmp_path)}}).remote())
+
+
+def test_a_step_is_a_session_of_its_own(session):
+    """STEP-3: two in one session can starve those whom they wait for."""
+    kernel_session = ray.remote(lambda: os.getsid(0))
+    workers = ray.get(kernel_session.remote())
+    assert workers not in ray.get(kernel_session.options(mpi_ranks=2).remote())
+    program = ray.mpi_run([sys.executable, "-c", "import os; print(os.getsid(0))"], ranks=1)
+    assert int(program.stdout) != workers
+
+
 # ------------------------------------------------------------------ actors
 
 

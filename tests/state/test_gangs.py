@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import os
 
 import pytest
 
 from hpc_ray import options
 from hpc_ray.client.rooms import Room, share
 from hpc_ray.ids import node_of
-from hpc_ray.launcher import world
+from hpc_ray.launcher import steps, world
 from hpc_ray.protocol import UNIT, Gang, Shape, Strategy
 from hpc_ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 from hpc_ray.worker.environment import without_ranks
@@ -192,3 +193,31 @@ def test_command_lines_for_several_hosts(family, version, wanted):
 )
 def test_how_a_launcher_reaches_hosts(command, environments, wanted):
     assert world.reach_of(command, *environments) == wanted
+
+
+@pytest.mark.parametrize(
+    ("begun", "up", "wanted"),
+    [
+        ("", "", "a: 2 not begun; b: 1 not begun"),
+        ("aa", "", "a: 2 in MPI_Init; b: 1 not begun"),
+        ("aab", "a", "a: 1 up, 1 in MPI_Init; b: 1 in MPI_Init"),
+    ],
+)
+def test_how_far_ranks_have_come(begun, up, wanted):
+    assert steps.progress("aab", begun, up) == wanted
+
+
+def test_what_a_step_has_printed(tmp_path):
+    log = tmp_path / "logs" / f"worker-{os.getpid()}.err"
+    log.parent.mkdir()
+    early = steps.Printed(str(tmp_path))
+    assert early.tail() == ""
+    log.write_bytes(b"of an earlier step\n")
+    printed = steps.Printed(str(tmp_path))
+    assert (early.tail(), printed.tail()) == ("of an earlier step", "")
+    with log.open("ab") as file:
+        file.write(b"srun: Job 1 step creation temporarily disabled, retrying\n")
+    assert printed.tail() == "srun: Job 1 step creation temporarily disabled, retrying"
+    with log.open("ab") as file:
+        file.write(b"a" * 10_000 + b"z")
+    assert 1000 < len(printed.tail()) < 5000 and printed.tail().endswith("az")
