@@ -12,6 +12,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -204,7 +205,17 @@ def check_machine(facts: Facts) -> list[Finding]:
     if machine["available_memory"] < _GIB:
         fix = "ask for more memory (--mem), or give object_store_memory"
         found.append(Finding("machine", WARNING, f"only {size(machine['available_memory'])} of memory is free", fix))
+    if machine["autogroup"] and starves(machine["kernel"]):
+        text = f"Linux {machine['kernel']} may give a CPU to one login session alone, for minutes, while ranks in it wait in MPI"
+        fix = "Linux 6.18.45 or newer, or sysctl kernel.sched_autogroup_enabled=0"
+        found.append(Finding("machine", WARNING, text, fix))
     return found
+
+
+def starves(kernel: str) -> bool:
+    """Whether this release of Linux has what ``steps`` tells of (STEP-3). Of older series we know nothing."""
+    version = re.match(r"6\.18\.(\d+)", kernel)
+    return version is not None and int(version.group(1)) < 45
 
 
 def check_folder(facts: Facts) -> list[Finding]:

@@ -200,6 +200,8 @@ def machine() -> Facts:
         "usable_memory": total,
         "available_memory": available,
         "address": host.ip_address(),
+        "kernel": os.uname().release,
+        "autogroup": host.read("/proc/sys/kernel/sched_autogroup_enabled") == "1",
     }
 
 

@@ -33,6 +33,7 @@ GOOD = {
     "machine": {
         "cpus": 64, "affinity": 64, "cpuset": 64, "granted": None, "usable": 64, "numa": 2, "memory": 256 * GIB,
         "usable_memory": 256 * GIB, "available_memory": 250 * GIB, "address": "10.0.0.1",
+        "kernel": "6.18.45", "autogroup": True,
     },
     "limits": {"nofile": [65536, 65536], "nproc": [None, None], "memlock": [None, None], "as": [None, None], "overcommit": "0"},
     "memory": {"shm": [128 * GIB, 127 * GIB], "shm_writable": True},
@@ -99,6 +100,7 @@ NO_MPI = {"problem": "ModuleNotFoundError: No module named 'mpi4py'", "mpirun": 
         ({"limits__overcommit": "2"}, "limits", WARNING, "overcommit", "sysctl"),
         ({"machine__granted": 8, "machine__affinity": 1}, "machine", WARNING, "granted 8 CPUs here, this process is bound to 1", "--cpu"),
         ({"machine__available_memory": 1 << 28}, "machine", WARNING, "256 MiB", "--mem"),
+        ({"machine__kernel": "6.18.44-fc"}, "machine", WARNING, "Linux 6.18.44-fc may give a CPU to one", "sched_autogroup_enabled=0"),
         ({"folder": {"problem": "no folder for session files"}}, "session folder", ERROR, "no folder", "TMPDIR"),
         ({"folder__filesystem": "nfs4"}, "session folder", WARNING, "shared file system", "/tmp"),
         ({"folder__free": 1 << 20}, "session folder", WARNING, "1 MiB free", "free some"),
