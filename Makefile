@@ -171,14 +171,15 @@ endef
 test-mpi: $(VENV)/.installed
 	@$(call mpi_ranks,$(VENV),--map-by slot:OVERSUBSCRIBE --bind-to none)
 
-# Tests on hosts in a box wait more than they work: those of tests/hosts ($(3)) and of tests/slurm ($(4), and then $(5)) run beside the
-# others ($(2)), and their reports come last. $(1) is the environment. That a selection is empty (5) is no failure.
+# Tests on hosts in a box wait more than they work: those of tests/hosts ($(3)) and of tests/slurm ($(4)) run beside the others ($(2), and
+# then $(5)), and their reports come last. $(1) is the environment. That a selection is empty (5) is no failure.
 define pytest_beside
 @mkdir -p build; status=0; trap 'cat build/hosts.txt build/slurm.txt' EXIT; \
 ended() { case $$1 in 0 | 5) ;; *) status=$$1 ;; esac; }; \
 $(TIMED) $(1)/bin/pytest $(3) $(PYTEST_ARGS) >build/hosts.txt 2>&1 & hosts=$$!; \
-{ $(TIMED) $(1)/bin/pytest $(4) $(PYTEST_ARGS) || ended $$?; $(if $(5),$(5) || ended $$?;) exit $$status; } >build/slurm.txt 2>&1 & slurm=$$!; \
+$(TIMED) $(1)/bin/pytest $(4) $(PYTEST_ARGS) >build/slurm.txt 2>&1 & slurm=$$!; \
 $(TIMED) $(1)/bin/pytest $(2) $(PYTEST_ARGS) || ended $$?; \
+$(if $(5),$(5) || ended $$?;) \
 wait $$hosts || ended $$?; wait $$slurm || ended $$?; exit $$status
 endef
 
