@@ -27,7 +27,7 @@ VENV ?= .venv
 # for the CPU a tenth of that. Say where yours is, if need be: make demo TORCH_SPEC='torch --index-url ...'
 TORCH_SPEC ?= torch==2.13.0
 # Seconds after which a hanging step is ended; each test has a limit of its own besides (pyproject.toml).
-LIMIT ?= 900
+LIMIT ?= 1200
 # More arguments for pytest: make test-python PYTEST_ARGS='-k actors -x'
 PYTEST_ARGS ?=
 # More arguments for the runner of the conformance suite: make conformance CONFORMANCE_ARGS='--only tasks -v'

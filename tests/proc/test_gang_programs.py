@@ -140,7 +140,7 @@ EXAMPLE = Path(__file__).parents[2] / "examples" / "parallel_solver.py"
 
 
 @pytest.mark.usefixtures("no_leaks")
-@pytest.mark.parametrize("how", ["one node", "two nodes", "mpirun"])
+@pytest.mark.parametrize("how", [*(pytest.param(how, marks=pytest.mark.thorough) for how in ("one node", "two nodes")), "mpirun"])
 def test_the_example(how, tmp_path):
     run = python_command("-m", "hpc_ray.launcher.cli", "run", "--nodes", "2")
     command = {
