@@ -50,7 +50,6 @@ endif
 # Folders too: their times tell of files that have gone.
 SOURCES := pyproject.toml meson.build meson.options $(shell find hpc_ray collectives launcher slurm \
   -name __pycache__ -prune -o -name tests -prune -o -print)
-NATIVE := $(shell find hpc_ray/native -type f)
 
 help:
 	@sed -n 's/^# \{0,1\}//p;/^$$/q' Makefile
