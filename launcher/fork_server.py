@@ -298,7 +298,7 @@ class ForkServer:
         for pipe, write_end, suffix in ((pipes[0], pipes[1], "out"), (pipes[2], pipes[3], "err")):
             os.close(write_end)
             os.set_blocking(pipe, False)
-            output = Output(pid, pipe, f"{self.config.session_dir}/logs/worker-{pid}.{suffix}", suffix == "err")
+            output = Output(pid, pipe, session.worker_log(self.config.session_dir, pid, suffix), suffix == "err")
             self._outputs[pipe] = output
             self._watch(pipe, functools.partial(self._on_output, output))
         self._tell_raylet(WorkerForked(request.token, pid))

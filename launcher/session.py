@@ -124,6 +124,11 @@ def make_dir(session: str, node: int) -> tuple[str, int]:
     raise LaunchError(f"cannot make the session folder {path}")
 
 
+def worker_log(folder: str, pid: int, suffix: str) -> str:
+    """Where what a worker prints is noted down: ``out`` or ``err``. ``folder``: the node's."""
+    return f"{folder}/logs/worker-{pid}.{suffix}"
+
+
 def launchers_dir(session: str) -> str:
     """What MPI launchers keep for a session's ranks on a host. They make it; the host's last node removes what they leave."""
     return os.path.join(base_dir(), session, _LAUNCHERS)

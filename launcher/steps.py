@@ -98,7 +98,7 @@ class Printed:
     """What this worker's stderr gets from now on, its steps' words among it, as the fork server notes it down."""
 
     def __init__(self, session_dir: str):
-        self.path = f"{session_dir}/logs/worker-{os.getpid()}.err"
+        self.path = session.worker_log(session_dir, os.getpid(), "err")
         try:
             self.start = os.stat(self.path).st_size
         except OSError:
