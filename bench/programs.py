@@ -553,7 +553,7 @@ def robot_control(ray, seconds):
     return found
 
 
-ROLLOUTS, STEPS, WIDTH = 16, (5, 35), 3072  # simulations at once; steps of a rollout, from and to; of the policy
+ROLLOUTS, STEPS, WIDTH = 128, (5, 35), 1024  # simulations at once; steps of a rollout, from and to; of the policy
 
 
 def lengths(count):
