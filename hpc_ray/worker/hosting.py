@@ -12,7 +12,7 @@ import threading
 import traceback
 from collections import deque
 from collections.abc import Callable, Coroutine
-from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from hpc_ray import serialize
@@ -30,6 +30,7 @@ from hpc_ray.worker.graphs import Graph
 from hpc_ray.worker.loop import ActorLoop
 from hpc_ray.worker.output import set_job, set_task_name
 from hpc_ray.worker.results import dump_error
+from hpc_ray.worker.threads import Threads
 
 if TYPE_CHECKING:
     from hpc_ray.client.client import Client
@@ -43,7 +44,7 @@ class ActorHost:
         self.executor = executor
         self.client = executor.client
         self.results = executor.results
-        self.pools: dict[str, ThreadPoolExecutor] = {}  # threaded actors, by concurrency group
+        self.pools: dict[str, Threads] = {}  # threaded actors, by concurrency group
         self.waiting: dict[bytes, tuple[int, PushTask]] = {}  # the calls that wait for a thread of their pool
         self.methods: dict[str, Any] = {}
         self.coroutines: set[str] = set()  # names of those that are coroutine functions
@@ -130,9 +131,9 @@ class ActorHost:
             if spec.recorded:
                 client.records.runs.append((current.task_id, message.attempt, name, name, *times, failed, "creation"))
         if not spec.is_async and (spec.max_concurrency > 1 or spec.concurrency_groups):
-            self.pools[""] = ThreadPoolExecutor(spec.max_concurrency, thread_name_prefix=spec.short_name)
+            self.pools[""] = Threads(spec.max_concurrency, spec.short_name)
             for name, size in spec.concurrency_groups.items():
-                self.pools[name] = ThreadPoolExecutor(size, thread_name_prefix=name)
+                self.pools[name] = Threads(size, name)
         client.work_off_released()
         with client.lock:
             client.objects.register(loans)
@@ -189,16 +190,16 @@ class ActorHost:
         while self.executor.leaving is None:
             source, item = self.executor.next_item()
             if type(item) is Graph:
-                self.pools[""].submit(self.run_graph_in_thread, item)
+                self.pools[""].run(partial(self.run_graph_in_thread, item))
                 continue
             if type(item) is not PushTask:
                 self.executor.leaving = getattr(item, "reason", "") or "terminated"
                 break
             pool = self.pools.get(self.group_of(item)) or self.pools[""]
             self.waiting[item.task_id] = source, item
-            pool.submit(self.execute_in_thread, source, item)
+            pool.run(partial(self.execute_in_thread, source, item))
         for pool in self.pools.values():
-            pool.shutdown(wait=True)
+            pool.end()
 
     def execute_in_thread(self, source: int, task: PushTask) -> None:
         if self.waiting.pop(task.task_id, None) is None:

@@ -1,0 +1,66 @@
+"""The threads of a threaded actor, without an actor."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import threading
+import time
+
+from hpc_ray.worker.threads import Threads
+
+
+def test_calls_begin_in_their_order_and_end_waits_for_all():
+    threads, begun = Threads(1, "one"), []
+    for i in range(1000):
+        threads.run(lambda i=i: begun.append(i))
+    threads.end()
+    assert begun == list(range(1000))
+
+
+def test_as_many_at_once_as_there_are_threads_and_no_more():
+    threads, together, more = Threads(3, "three"), threading.Barrier(4), threading.Event()
+    for _ in range(3):
+        threads.run(lambda: together.wait(30))
+    threads.run(more.set)
+    assert not more.wait(0.05)
+    together.wait(30)  # as each of three threads does
+    assert more.wait(30)
+    threads.end()
+
+
+def test_a_thread_that_has_nothing_to_do_is_used_before_one_is_started():
+    threads, names = Threads(8, "few"), set()
+    for _ in range(50):
+        called = threading.Event()
+
+        def call(called=called):
+            names.add(threading.current_thread().name)
+            called.set()
+
+        threads.run(call)
+        assert called.wait(30)
+        while not threads._idle:  # it has been called, but may not have come back yet
+            time.sleep(0.0005)
+    threads.end()
+    assert names == {"few_0"}
+
+
+def test_a_busy_thread_holds_nobody_up():
+    threads, leave, done = Threads(16, "busy"), threading.Event(), threading.Semaphore(0)
+    for _ in range(15):
+        threads.run(lambda: leave.wait(30))
+    for _ in range(200):
+        threads.run(done.release)
+    for _ in range(200):
+        assert done.acquire(timeout=30)
+    leave.set()
+    threads.end()
+
+
+def test_what_a_call_raises_ends_the_process(tmp_path):
+    program = "from hpc_ray.worker.threads import Threads; t = Threads(2, 'x'); t.run(lambda: 1 / 0); t.end(); print('went on')"
+    found = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True, timeout=60, check=False)
+    assert found.returncode == 1
+    assert "ZeroDivisionError" in found.stderr
+    assert not found.stdout
