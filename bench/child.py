@@ -51,14 +51,21 @@ class Child:
         threading.Thread(target=self._read, daemon=True).start()
         self.told: dict[str, Any] = self._next(limit_s)
         self.rows: dict[str, dict[str, Any]] = self.told.pop("rows")
-        self._signal(signal.SIGSTOP)
+        self.pause()
 
     @property
     def pid(self) -> int:
         return self._process.pid
 
+    def pause(self) -> None:
+        """Stop all processes of the engine, so that while it waits it takes nothing from the others."""
+        self._signal(signal.SIGSTOP)
+
+    def resume(self) -> None:
+        """Let them run, as before each measurement."""
+        self._signal(signal.SIGCONT)
+
     def _signal(self, number: signal.Signals) -> None:
-        """Stop or continue all processes of the engine, so that while it waits it takes nothing from the others."""
         with contextlib.suppress(psutil.NoSuchProcess):  # it has ended; who waits for its answer hears of that
             first = psutil.Process(self.pid)
             for process in reversed([first, *first.children(recursive=True)]):
@@ -93,11 +100,11 @@ class Child:
             RuntimeError: the row failed in it.
         """
         assert self._process.stdin is not None
-        self._signal(signal.SIGCONT)
+        self.resume()
         self._process.stdin.write(json.dumps({"row": row, "seconds": seconds}) + "\n")
         self._process.stdin.flush()
         answer = self._next(limit_s)
-        self._signal(signal.SIGSTOP)
+        self.pause()
         if "error" in answer:
             raise RuntimeError(answer["error"])
         figures: dict[str, float] = answer["figures"]
@@ -105,7 +112,7 @@ class Child:
 
     def stop(self) -> None:
         """End the engine: politely, then with all of its process group."""
-        self._signal(signal.SIGCONT)
+        self.resume()
         for ask in (self._process.stdin.close, self._process.terminate):  # type: ignore[union-attr]
             with contextlib.suppress(OSError, subprocess.TimeoutExpired):
                 ask()

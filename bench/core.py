@@ -267,4 +267,5 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
+    engines.end_when_asked()
     sys.exit(main())

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import venv
@@ -70,6 +71,11 @@ def environment(name: str, python: Path) -> dict[str, str]:
     return {**kept, **COMMON, **ENGINES[name].environment, "PATH": path}
 
 
+def end_when_asked() -> None:
+    """SIGTERM raises SystemExit, as Ctrl-C raises KeyboardInterrupt: so the engines, which may be stopped, are ended first."""
+    signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
+
+
 def run_script(name: str, python: Path, script: str, *arguments: str, limit_s: float = 900) -> dict[str, Any]:
     """What a script of this folder printed as its last line, JSON.
 
@@ -83,9 +89,11 @@ def run_script(name: str, python: Path, script: str, *arguments: str, limit_s: f
     try:
         told, errors = process.communicate(timeout=limit_s)
     except subprocess.TimeoutExpired:
-        os.killpg(process.pid, 9)
-        process.communicate()
         raise RuntimeError(f"{script} {' '.join(arguments)} took more than {limit_s:.0f} s") from None
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.communicate()
     lines = [text for text in told.splitlines() if text.startswith("{")]
     if process.returncode or not lines:
         words = [text for text in errors.splitlines() if text.strip()]

@@ -38,11 +38,11 @@ def pss_mib(pid: int) -> float:
 
 
 def cpu_s(processes: list[psutil.Process]) -> float:
+    """What they have run, by their own clocks (clock_getcpuclockid): ticks, as ps shows them, miss who runs for microseconds."""
     total = 0.0
     for process in processes:
-        with contextlib.suppress(psutil.Error):
-            spent = process.cpu_times()
-            total += spent.user + spent.system
+        with contextlib.suppress(OSError):  # it has ended
+            total += time.clock_gettime(~process.pid << 3 | 2)
     return total
 
 
@@ -59,6 +59,7 @@ def weigh(name: str, python: Path, workers: int, idle_s: float) -> dict[str, flo
         child.stop()
     child = Child(name, python, "--cpus", str(workers))
     try:
+        child.resume()
         time.sleep(3)  # what the start left to do is over
         driver = psutil.Process(child.pid)
         family = [driver, *driver.children(recursive=True)]
@@ -93,13 +94,14 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.footprint", description=__doc__, formatter_class=argparse.RawTextHelpFormatter)
     parser.add_argument("--workers", type=int, default=8)
     parser.add_argument("--idle", type=float, default=30, metavar="SECONDS", help="how long the idle cluster is watched (30)")
+    parser.add_argument("--against", nargs="*", choices=["ray"], default=["ray"], help="other engines (ray, if it is installed)")
     parser.add_argument("--python", action="append", default=[], metavar="ENGINE=PATH", help="the interpreter of an engine")
     parser.add_argument("--out", type=Path, help="results without suffix (bench/results/footprint-DATE)")
     given = parser.parse_args()
     named, console = named_pythons(given.python), Console(width=None if sys.stdout.isatty() else 120)
     date = dt.datetime.now().astimezone().date().isoformat()
     found = {}
-    for name in ("hpc_ray", "ray"):
+    for name in ("hpc_ray", *given.against):
         python = engines.interpreter(name, named)
         if python is None:
             console.print(f"{name}: left out: it is not installed; say `python -m bench.engines {name}`", markup=False)
@@ -130,4 +132,5 @@ def main() -> int:
 
 
 if __name__ == "__main__":
+    engines.end_when_asked()
     sys.exit(main())

@@ -253,4 +253,5 @@ def main() -> int:
 
 
 if __name__ == "__main__":
+    engines.end_when_asked()
     sys.exit(main())

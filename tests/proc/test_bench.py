@@ -77,3 +77,13 @@ def test_bare_compares_with_the_machine_itself(tmp_path):
     assert set(parts) == {"compute", "rollouts", "evolution", "put", "send"}
     assert all(len(row["ours"]) == len(row["bare"]) == 1 and row["share"] > 0 for row in parts.values())
     assert "16 MiB to another virtual node" in (tmp_path / "found.txt").read_text()
+
+
+@pytest.mark.thorough
+def test_footprint_watches_a_cluster_that_runs(tmp_path):
+    """Not one that is stopped, as an engine is while another is measured: that takes exactly nothing."""
+    found = bench(tmp_path, "--workers", "2", "--idle", "1", "--against", runner="footprint")
+    assert found.returncode == 0, found.stdout + found.stderr
+    figures = json.loads((tmp_path / "found.json").read_text())["figures"]
+    assert set(figures) == {"hpc_ray"}
+    assert all(value > 0 for figure, value in figures["hpc_ray"].items() if figure != "listening ports"), figures
