@@ -22,6 +22,7 @@ from typing import Any, Protocol
 
 import msgspec
 
+from hpc_ray.ids import name_of
 from hpc_ray.machine import Action, Exit, Journal, Machine, Send, SetTimer, TimerFired
 from hpc_ray.protocol import decode, encode
 
@@ -132,7 +133,7 @@ class Server:
         try:
             return decode(data)
         except msgspec.MsgspecError as error:
-            print(f"dropped {len(data)} bytes from {source:#x} that are no message: {error}", file=sys.stderr)
+            print(f"dropped {len(data)} bytes from {name_of(source)} that are no message: {error}", file=sys.stderr)
             return None
 
     def perform(self, actions: list[Action]) -> None:

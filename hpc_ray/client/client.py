@@ -338,7 +338,7 @@ class Client:
                 message = decode(data)
                 handlers[type(message)](source, message)
             except Exception:
-                print(f"hpc_ray: a message from process {source:#x} could not be handled:", file=sys.stderr)
+                print(f"hpc_ray: a message from {name_of(source)} could not be handled:", file=sys.stderr)
                 traceback.print_exc()
 
     def run_callbacks(self) -> None:

@@ -115,9 +115,10 @@ class ActorHost:
                 args = kwargs = None  # type: ignore[assignment]
                 self._name_output()
             failed = False
+        except (LeaveProcess, SystemExit) as error:
+            self.executor.leave_by(error)
+            return
         except BaseException as error:
-            if isinstance(error, LeaveProcess):
-                self.executor.leaving = str(error)
             failure = self.results.describe("__init__", error)
             cause = DeathCause("INIT_FAILED", str(failure), dump_error(failure), pid=client.pid)
             client.send(GCS_ADDRESS, ActorInitFailed(spec.actor_id, message.attempt, cause))
