@@ -64,6 +64,9 @@ def exit_actor() -> None:
     if context.actor is None:
         raise TypeError("exit_actor called on a non-actor worker.")
     context.leaving = "exit_actor"
+    current = context.task.get()
+    if current is not None:
+        current.leaves = True
     raise context.LeaveProcess(context.leaving)
 
 

@@ -30,7 +30,7 @@ gang: Gang | None = None  # in a rank, while a call runs
 class TaskContext:
     """The task that is running."""
 
-    __slots__ = ("attempt", "full_name", "function_name", "name", "recorded", "shape", "task_id")
+    __slots__ = ("attempt", "full_name", "function_name", "leaves", "name", "recorded", "shape", "task_id")
 
     def __init__(self, task_id: bytes, name: str, function_name: str, full_name: str, attempt: int, shape: Any = None):
         self.task_id = task_id
@@ -40,6 +40,7 @@ class TaskContext:
         self.attempt = attempt
         self.shape = shape  # of the lease
         self.recorded = True  # in what list_tasks and timeline show
+        self.leaves = False  # it has called exit_actor
 
 
 class Gang(NamedTuple):

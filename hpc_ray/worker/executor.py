@@ -89,6 +89,7 @@ class Executor:
         self.graphs = Graphs(self)
         self.gangs = Gangs(self)
         self.leaving: str | None = None
+        self.gone = False  # it has left: what threads still do is not to be answered
         self.stays = False  # when it leaves: as long as others use what it owns
         self.names: dict[tuple[bytes, str, bytes], tuple[str, str, str]] = {}  # what tasks are called
         self.status = 0  # exit code of the process
@@ -123,6 +124,8 @@ class Executor:
 
     def on_push_task(self, source: int, message: Any) -> None:
         queue = self.queue
+        if self.host.pools and type(message) is PushTask:
+            self.host.arrived(source, message)
         queue.append((source, message))
         if len(queue) <= FETCH_AHEAD:
             self.fetch_ahead(message)
@@ -235,6 +238,9 @@ class Executor:
         self.post(self.client.raylet, WorkerUnblocked())
 
     def on_cancel_task(self, source: int, message: CancelTask) -> None:
+        if (waiting := self.host.waiting.pop(message.task_id, None)) is not None:
+            self.client.callbacks.append(partial(self.reply_cancelled, *waiting))
+            return
         for queue in (self.queue, *[group.waiting for group in self.host.groups.values()]):
             for item in [item for item in list(queue) if type(item[1]) is PushTask and item[1].task_id == message.task_id]:
                 try:
@@ -243,9 +249,6 @@ class Executor:
                     continue  # it begins now
                 self.client.callbacks.append(partial(self.reply_cancelled, *item))
                 return
-        if (waiting := self.host.waiting.pop(message.task_id, None)) is not None:
-            self.client.callbacks.append(partial(self.reply_cancelled, *waiting))
-            return
         found = self.running.get(message.task_id)
         if found is None and (self.actor is None or self.host.knows(message.task_id)):
             self.cancelled.add(message.task_id)  # it begins now, or is over: see ``execute`` and ``execute_async``
@@ -313,19 +316,6 @@ class Executor:
             self.host.run_async_actor()
         elif self.host.pools:
             self.host.run_threaded_actor()
-
-    def next_item(self) -> tuple[int, Any]:
-        """The next message for the main thread. Blocks."""
-        while True:
-            try:
-                return self.queue.popleft()
-            except IndexError:
-                pass
-            waiter = self.arrival = Waiter()
-            if not self.queue:
-                self.client._drain(waiter, None)
-            if self.client.broken is not None or self.leaving is not None:
-                return 0, TerminateActor(self.leaving or "the node ended")
 
     # -------------------------------------------------------------- one task
 
@@ -433,11 +423,14 @@ class Executor:
         self.reply(source, task, results, loans, ended - started, retryable)
 
     def call(self, task: PushTask, args: tuple, kwargs: dict) -> Any:
-        """The user's code, in the main thread."""
+        """The user's code."""
         if task.actor_id:
             value = self.host.method_of(task)(*args, **kwargs)
-            if context.leaving:  # it has caught what exit_actor raises
-                raise LeaveProcess(context.leaving)
+            if context.leaving:
+                current = context.task.get()
+                if current is not None and current.leaves:  # it has caught what exit_actor raises
+                    raise LeaveProcess(context.leaving)
+                self.leaving = self.leaving or context.leaving  # a thread of the user's has called it
             return value
         return self.function(task.function_id)(*args, **kwargs)
 
@@ -488,6 +481,8 @@ class Executor:
         self, source: int, task: PushTask, results: list[Result], loans: list[Entry], nanoseconds: int, retryable: bool
     ) -> None:
         client = self.client
+        if self.gone:
+            return
         show_unfinished()
         retiring = False
         if task.extras:

@@ -46,6 +46,8 @@ class ActorHost:
         self.results = executor.results
         self.pools: dict[str, Threads] = {}  # threaded actors, by concurrency group
         self.waiting: dict[bytes, tuple[int, PushTask]] = {}  # the calls that wait for a thread of their pool
+        self.open: dict[int, Any] = {}  # calls and graphs of a threaded actor that came and are not over, in their order
+        self.earlier: dict[int, Any] | None = None  # of those, once it is to leave: they are answered before
         self.methods: dict[str, Any] = {}
         self.coroutines: set[str] = set()  # names of those that are coroutine functions
         self.loop: asyncio.AbstractEventLoop | None = None  # asyncio actors
@@ -187,37 +189,72 @@ class ActorHost:
         function = getattr(type(self.executor.actor.instance), task.name, None)
         return getattr(function, "__ray_concurrency_group__", "")
 
+    def arrived(self, source: int, task: PushTask) -> None:
+        """A call of a threaded actor has come. By the thread that drains."""
+        self.open[id(task)] = task
+        self.waiting[task.task_id] = source, task
+
     def run_threaded_actor(self) -> None:
-        while self.executor.leaving is None:
-            source, item = self.executor.next_item()
-            if type(item) is Graph:
-                self.pools[""].run(partial(self.run_graph_in_thread, item))
+        """Give the calls to their threads. When the actor leaves, others still begin until the ``earlier`` ones are answered: these may
+        wait for them."""
+        executor = self.executor
+        while self.client.broken is None and (self.earlier is None or not self.earlier.keys().isdisjoint(self.open)):
+            try:
+                source, item = executor.queue.popleft()
+            except IndexError:
+                waiter = executor.arrival = Waiter()
+                if not executor.queue and (self.earlier is None or not self.earlier.keys().isdisjoint(self.open)):
+                    self.client._drain(waiter, None)
                 continue
-            if type(item) is not PushTask:
-                self.executor.leaving = getattr(item, "reason", "") or "terminated"
-                break
-            pool = self.pools.get(self.group_of(item)) or self.pools[""]
-            self.waiting[item.task_id] = source, item
-            pool.run(partial(self.execute_in_thread, source, item))
+            if type(item) is Graph:
+                work = partial(item.run)
+                self.open[id(work)] = work
+                self.pools[""].run(partial(self.run_graph_in_thread, work))
+            elif type(item) is PushTask:
+                pool = self.pools.get(self.group_of(item)) or self.pools[""]
+                pool.run(partial(self.execute_in_thread, source, item))
+            elif executor.leaving is None:
+                executor.leaving = getattr(item, "reason", "") or "terminated"
+                later = {id(other) for _, other in list(executor.queue)}
+                self.earlier = {key: other for key, other in list(self.open.items()) if key not in later}
+        executor.gone = True
         for pool in self.pools.values():
             pool.end()
 
     def execute_in_thread(self, source: int, task: PushTask) -> None:
-        if self.waiting.pop(task.task_id, None) is None:
-            return  # cancelled meanwhile
-        self.executor.execute(source, task)
-        self.look_whether_leaving()
+        if self.waiting.pop(task.task_id, None) is not None:  # else it was cancelled meanwhile
+            self.executor.execute(source, task)
+        self.over(task)
 
-    def run_graph_in_thread(self, graph: Graph) -> None:
-        graph.run()
-        self.look_whether_leaving()
+    def run_graph_in_thread(self, work: partial) -> None:
+        work()
+        self.over(work)
 
-    def look_whether_leaving(self) -> None:
-        if self.executor.leaving is not None:
-            arrival = self.executor.arrival
+    def over(self, item: Any) -> None:
+        """A thread has come to the end of a call of a threaded actor, or of a turn of a graph."""
+        executor = self.executor
+        if executor.leaving is None:
+            self.open.pop(id(item), None)
+        else:
+            if self.earlier is None:
+                self.earlier = self.answered_before(item)
+            self.open.pop(id(item), None)
+            arrival = executor.arrival
             if arrival is not None:
                 arrival.finish()
             self.client.lane.wake()
+        if executor.cancelled and type(item) is PushTask:
+            executor.cancelled.discard(item.task_id)  # too late
+
+    def answered_before(self, last: Any) -> dict[int, Any]:
+        """What is still to be answered when one call has ended the actor: all that came before it, and what has begun."""
+        found: dict[int, Any] = {}
+        before = True
+        for key, item in list(self.open.items()):
+            before = before and item is not last
+            if before or type(item) is not PushTask or item.task_id not in self.waiting:
+                found[key] = item
+        return found
 
     def run_async_actor(self) -> None:
         """The loop is the main thread's, and handles messages while it has nothing to do. Each concurrency group has a loop and a
@@ -286,7 +323,9 @@ class ActorHost:
             return self.groups[""]
 
     def knows(self, task_id: bytes) -> bool:
-        """Whether a loop of an asyncio actor has this call, be it that it has not come to it yet."""
+        """Whether a thread, or a loop of an asyncio actor, has this call, be it that it has not come to it yet."""
+        if self.pools:
+            return any(type(item) is PushTask and item.task_id == task_id for item in list(self.open.values()))
         calls = [call for group in self.groups.values() for call in list(group.alive.values())]
         return any(call is not None and call.task_id == task_id for call in calls)
 

@@ -27,6 +27,7 @@ class Threads:
         self._calls: SimpleQueue[Callable[[], None] | None] = SimpleQueue()
         self._idle: deque[None] = deque()  # at most as many as there are threads that no call given so far will take
         self._threads: list[threading.Thread] = []
+        self._ended = False
 
     def run(self, call: Callable[[], None]) -> None:
         """Run a call as soon as a thread is free. Never blocks."""
@@ -37,25 +38,26 @@ class Threads:
             self._idle.pop()
         except IndexError:
             thread = threading.Thread(target=self._work, name=f"{self.name}_{len(self._threads)}", daemon=True)
-            self._threads.append(thread)
             thread.start()
+            self._threads.append(thread)
 
     def end(self) -> None:
-        """Blocks until all calls that were given are over."""
+        """No call begins from now on, and of those that run nobody wants to know. Does not wait for them."""
+        self._ended = True
         for _ in self._threads:
             self._calls.put(None)
-        for thread in self._threads:
-            thread.join()
 
     def _work(self) -> None:
         calls, idle = self._calls, self._idle
         try:
-            while (call := calls.get()) is not None:
+            while (call := calls.get()) is not None and not self._ended:
                 call()
                 call = None  # it may hold values
                 if len(self._threads) < self.size and calls.empty():
                     idle.append(None)
         except BaseException:
+            if self._ended:
+                return
             traceback.print_exc()
             sys.stderr.flush()
             os._exit(1)

@@ -695,6 +695,66 @@ def test_calls_before_exit_actor_are_answered(ray, gate):
     assert wrong == []
 
 
+class Leaver:
+    """Its handle of itself comes later."""
+
+    def know(self, handle):
+        self.handle = handle
+
+    def wait(self, gate, name):
+        return gate.wait(name)
+
+    def wait_for_itself(self, gate):
+        gate.wait("leaving")
+        import hpc_ray as ray
+
+        return ray.get(self.handle.work.remote())
+
+    def work(self):
+        return "worked"
+
+    def leave(self, how):
+        from hpc_ray.actor import exit_actor
+
+        if how == "sys.exit":
+            raise SystemExit
+        try:
+            exit_actor()
+        except BaseException:
+            if how != "caught":
+                raise
+
+
+@pytest.mark.parametrize("how", ["exit_actor", "caught", "sys.exit"])
+def test_calls_that_run_beside_exit_actor_are_answered_and_later_ones_hold_nobody_up(ray, gate, how):
+    actor = ray.remote(max_concurrency=2)(Leaver).remote()
+    early = actor.wait.remote(gate, "early")
+    gate.await_arrivals(1, "early")
+    left = [actor.leave.remote(how), *[actor.wait.remote(gate, "late") for _ in range(5)]]
+    gate.await_arrivals(1, "late")  # so the thread that left is free again
+    gate.open("early")
+    assert ray.get(early, timeout=30) == "passed"
+    for reference in left:
+        with pytest.raises(exceptions.ActorDiedError):
+            ray.get(reference, timeout=30)
+
+
+def test_an_actor_that_leaves_still_gives_its_calls_what_they_wait_for(ray, gate):
+    """Else it would wait for a call that waits for it, and whoever waits for either for ever."""
+    actor = ray.remote(max_concurrency=2)(Leaver).remote()
+    ray.get(actor.know.remote(actor))
+    waiting = actor.wait_for_itself.remote(gate)
+    gate.await_arrivals(1, "leaving")
+    leaving, behind = actor.leave.remote("exit_actor"), actor.wait.remote(gate, "behind")
+    gate.await_arrivals(1, "behind")  # it has left, and goes on
+    gate.open("behind")
+    gate.open("leaving")
+    assert ray.get(waiting, timeout=30) == "worked"
+    with pytest.raises(exceptions.ActorDiedError):
+        ray.get(leaving, timeout=30)
+    ray.wait([behind], timeout=30)
+
+
 def test_exit_actor_runs_exit_handlers(ray, gate):
     from hpc_ray.actor import exit_actor
 

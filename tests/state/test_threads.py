@@ -10,12 +10,31 @@ import time
 from hpc_ray.worker.threads import Threads
 
 
-def test_calls_begin_in_their_order_and_end_waits_for_all():
-    threads, begun = Threads(1, "one"), []
+def test_calls_begin_in_their_order():
+    threads, begun, all_over = Threads(1, "one"), [], threading.Event()
     for i in range(1000):
         threads.run(lambda i=i: begun.append(i))
-    threads.end()
+    threads.run(all_over.set)
+    assert all_over.wait(30)
     assert begun == list(range(1000))
+    threads.end()
+
+
+def test_after_the_end_no_call_begins_and_none_is_waited_for():
+    threads, leave, left, late = Threads(1, "one"), threading.Event(), threading.Event(), []
+
+    def call():
+        leave.wait(30)
+        left.set()
+
+    threads.run(call)
+    threads.run(lambda: late.append(1))
+    threads.end()
+    leave.set()
+    assert left.wait(30)
+    threads._threads[0].join(30)
+    assert not threads._threads[0].is_alive()
+    assert not late
 
 
 def test_as_many_at_once_as_there_are_threads_and_no_more():
@@ -59,7 +78,10 @@ def test_a_busy_thread_holds_nobody_up():
 
 
 def test_what_a_call_raises_ends_the_process(tmp_path):
-    program = "from hpc_ray.worker.threads import Threads; t = Threads(2, 'x'); t.run(lambda: 1 / 0); t.end(); print('went on')"
+    program = (
+        "import time; from hpc_ray.worker.threads import Threads; "
+        "t = Threads(2, 'x'); t.run(lambda: 1 / 0); time.sleep(60); print('went on')"
+    )
     found = subprocess.run([sys.executable, "-c", program], cwd=tmp_path, capture_output=True, text=True, timeout=60, check=False)
     assert found.returncode == 1
     assert "ZeroDivisionError" in found.stderr
