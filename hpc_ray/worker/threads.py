@@ -38,7 +38,14 @@ class Threads:
             self._idle.pop()
         except IndexError:
             thread = threading.Thread(target=self._work, name=f"{self.name}_{len(self._threads)}", daemon=True)
-            thread.start()
+            try:
+                thread.start()
+            except RuntimeError as error:
+                if not self._threads:
+                    raise
+                self.size = len(self._threads)  # these have to do
+                print(f"hpc_ray: {self.name} has {self.size} threads and no more: {error}", file=sys.stderr, flush=True)
+                return
             self._threads.append(thread)
 
     def end(self) -> None:

@@ -37,6 +37,29 @@ def test_after_the_end_no_call_begins_and_none_is_waited_for():
     assert not late
 
 
+def test_fewer_threads_where_no_more_can_be_had(monkeypatch, capsys):
+    """A limit of the machine on threads is no end of the actor: the calls have those that there are."""
+    threads, together, done = Threads(1000, "many"), threading.Barrier(3), threading.Semaphore(0)
+    start, started = threading.Thread.start, []
+
+    def start_two(thread):
+        if len(started) == 2:
+            raise RuntimeError("can't start new thread")
+        started.append(thread)
+        start(thread)
+
+    monkeypatch.setattr(threading.Thread, "start", start_two)
+    for _ in range(2):
+        threads.run(lambda: together.wait(30))
+    for _ in range(100):
+        threads.run(done.release)
+    together.wait(30)
+    for _ in range(100):
+        assert done.acquire(timeout=30)
+    threads.end()
+    assert capsys.readouterr().err.count("can't start new thread") == 1
+
+
 def test_as_many_at_once_as_there_are_threads_and_no_more():
     threads, together, more = Threads(3, "three"), threading.Barrier(4), threading.Event()
     for _ in range(3):
