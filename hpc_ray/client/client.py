@@ -61,6 +61,7 @@ from hpc_ray.protocol import (
 from hpc_ray.spilling import ObjectFiles
 
 TICK_S = 0.02
+ALL_THERE_IS = 1 << 62  # messages
 
 
 class _Closed:
@@ -71,7 +72,7 @@ class _Closed:
     def send(self, destination: int, data: bytes) -> int:
         return -1
 
-    def receive(self, timeout_s: float | None = None) -> list[tuple[int, bytes]]:
+    def receive(self, timeout_s: float | None = None, limit: int = 0) -> list[tuple[int, bytes]]:
         return []
 
     def get(self, handle: int) -> None:
@@ -546,7 +547,7 @@ class Client:
     def hear_last_words(self, address: int) -> None:
         """Handle all that a process has sent before its death is handled (PROTO-3): what is in this batch, and what has come
         since. Within ``dispatch``."""
-        batch = self.lane.receive(0.0)
+        batch = self.lane.receive(0.0, ALL_THERE_IS)
         batch.reverse()
         batch += self._batch
         self._batch[:] = [item for item in batch if item[0] != address]

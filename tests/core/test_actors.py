@@ -695,6 +695,21 @@ def test_calls_before_exit_actor_are_answered(ray, gate):
     assert wrong == []
 
 
+def test_all_that_an_actor_has_answered_counts_when_it_dies(ray, remote_counter, eventually):
+    """Also where its caller reads the news of its death ahead of hundreds of answers (PROTO-3)."""
+    from hpc_ray.client import context
+
+    counter = remote_counter.remote()
+    pid = ray.get(counter.pid.remote())
+    with context.client.drain:  # nobody reads meanwhile
+        references = [counter.add.remote() for _ in range(600)]
+        crashing = counter.crash.remote()
+        eventually(lambda: gone(pid), "it has died")
+    assert ray.get(references, timeout=30) == list(range(1, 601))
+    with pytest.raises(exceptions.ActorDiedError):
+        ray.get(crashing, timeout=30)
+
+
 class Leaver:
     """Its handle of itself comes later."""
 
