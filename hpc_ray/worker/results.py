@@ -296,7 +296,7 @@ def _serialized(error: BaseException) -> tuple[bytes, list[Entry]]:
     text = str(error)
     try:
         serialized = serialize.serialize(error)
-    except Exception:
+    except BaseException:  # of the class's own __reduce__: nothing that user code does keeps the caller waiting
         if isinstance(error, RayTaskError):
             reason = RayError(f"the exception itself cannot be pickled; its text:\n{text}")
             return serialize.dumps(RayTaskError(error.function_name, text, reason, error.proctitle, error.pid, error.ip)), []
@@ -304,6 +304,6 @@ def _serialized(error: BaseException) -> tuple[bytes, list[Entry]]:
     data = serialized.to_bytes()
     try:
         serialize.loads(data)
-    except Exception:
+    except BaseException:
         return serialize.dumps(UnserializableException(text)), []
     return data, [reference._entry for reference in serialized.contained]

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import inspect
 import pickle
+import sys
 
 import cloudpickle
 import pytest
 
-from hpc_ray import exceptions
+from hpc_ray import exceptions, serialize
 from hpc_ray.exceptions import RayError, RayTaskError
 from hpc_ray.ids import TaskID
+from hpc_ray.worker.results import dump_error
 
 CAUSE = ValueError("the cause", 7)
 # Arguments for those that have some of their own; the others take a text.
@@ -210,3 +212,20 @@ def test_errors_of_the_runtime_as_causes():
 def test_a_base_class_of_task_errors_as_the_cause():
     error = task_error(Exception("plain"))
     assert error.as_instanceof_cause() is error
+
+
+class Interrupting(Exception):
+    def __reduce__(self):
+        raise KeyboardInterrupt
+
+
+class Exiting(Exception):
+    def __reduce__(self):
+        return sys.exit, (5,)
+
+
+@pytest.mark.parametrize("make_error", [Interrupting, Exiting, lambda text: RayTaskError("f", text, Interrupting())])
+def test_an_error_that_does_not_travel_goes_as_text_whatever_its_class_raises(make_error):
+    found = serialize.loads(dump_error(make_error("what it says")))
+    assert isinstance(found, RayError)
+    assert "what it says" in str(found)
