@@ -20,6 +20,8 @@ from hpc_ray.worker.environment import Environment, without_ranks
 from hpc_ray.worker.executor import Executor
 from hpc_ray.worker.output import name_streams
 
+LAST_WORDS_S = 60.0  # so long the answers of a worker that leaves in order wait for who lives, and does not read
+
 
 def main(segment: Segment, config: NodeConfig, token: int, *, entered: bool = False) -> None:
     """Run a worker in this freshly forked process; does not return. ``entered``: it has become a new interpreter for its
@@ -67,7 +69,7 @@ def _live(segment: Segment, config: NodeConfig, token: int, entered: bool) -> in
     atexit._run_exitfuncs()
     _flush()
     client.close()
-    client.lane.close()
+    client.lane.close(LAST_WORDS_S)
     return executor.status
 
 

@@ -710,6 +710,19 @@ def test_all_that_an_actor_has_answered_counts_when_it_dies(ray, remote_counter,
         ray.get(crashing, timeout=30)
 
 
+def test_an_actor_that_leaves_waits_for_a_caller_that_is_slow_to_read(ray, remote_counter):
+    """Its answers are more than fit between two processes, and the caller computes for longer than a second."""
+    from hpc_ray.client import context
+
+    counter = remote_counter.remote()
+    ray.get(counter.get.remote())
+    with context.client.drain:  # nobody reads meanwhile
+        references = [counter.add.remote() for _ in range(3000)]
+        counter.__ray_terminate__.remote()
+        time.sleep(2)
+    assert ray.get(references, timeout=30) == list(range(1, 3001))
+
+
 class Leaver:
     """Its handle of itself comes later."""
 
