@@ -182,7 +182,8 @@ def kill(actor: ActorHandle, *, no_restart: bool = True) -> None:
 
 def cancel(ray_waitable: ObjectRef, *, force: bool = False, recursive: bool = True) -> None:
     """Stop a task: one that waits is dropped, one that runs gets KeyboardInterrupt (``force``: its process ends).
-    ``get`` then raises TaskCancelledError. Does not wait for that. No effect on a task that is done.
+    ``get`` then raises TaskCancelledError. Does not wait for that. No effect on a task that is done. Whoever has a reference may
+    cancel its task, also when another process has submitted it.
 
     Raises:
         TypeError: not a reference.
@@ -193,17 +194,8 @@ def cancel(ray_waitable: ObjectRef, *, force: bool = False, recursive: bool = Tr
             f"ray.cancel() only supported for object refs. For actors, try ray.kill(). Got: {type(ray_waitable)}."
         )
     client = ensure_connected()
-    task_id = ray_waitable.task_id().binary()
     with client.lock:
-        task = client.tasks.tasks.get(task_id)
-        if task is not None:
-            client.tasks.cancel(task, force, recursive)
-            return
-        call = client.actors.calls.get(task_id)
-        if call is not None:
-            if force:
-                raise ValueError("force=True is not supported for actor tasks.")
-            client.actors.cancel(call, force, recursive)
+        client.tasks.cancel_by_id(ray_waitable.task_id().binary(), force, recursive)
 
 
 def get_actor(name: str, namespace: str | None = None) -> ActorHandle:

@@ -512,7 +512,7 @@ class TasksStolen(Message, tag=26):
 
 
 class CancelTask(Message, tag=27):
-    """owner → worker or actor; borrower → owner: stop this task. Answer: the TaskReply with TaskCancelledError."""
+    """owner → worker or actor: stop this task. Answer: the TaskReply with TaskCancelledError."""
 
     task_id: bytes
     attempt: int
@@ -602,6 +602,14 @@ class FreeObject(Message, tag=39):
     """borrower → owner: drop the value now, whoever still refers to it."""
 
     object_id: bytes
+
+
+class CancelOwned(Message, tag=64):
+    """borrower → owner: stop the task or call of yours whose result I have. No answer: who asks for the result is told."""
+
+    task_id: bytes
+    force: bool
+    recursive: bool
 
 
 # ------------------------------------------------------------------ process ↔ raylet ↔ link: copies between nodes

@@ -28,8 +28,9 @@ from hpc_ray.exceptions import (
     TaskUnschedulableError,
     WorkerCrashedError,
 )
-from hpc_ray.ids import TaskID, node_of, raylet_address
+from hpc_ray.ids import TaskID, node_of, owner_of, raylet_address
 from hpc_ray.protocol import (
+    CancelOwned,
     CancelTask,
     LeaseContended,
     LeaseGranted,
@@ -335,6 +336,7 @@ class TaskSubmitter:
                 LeaseRevoked: self.on_lease_revoked,
                 LeaseContended: self.on_lease_contended,
                 TasksStolen: self.on_tasks_stolen,
+                CancelOwned: self.on_cancel_owned,
             }
         )
 
@@ -539,6 +541,26 @@ class TaskSubmitter:
         return bool(self.by_request)
 
     # -------------------------------------------------------------- cancelling
+
+    def cancel_by_id(self, task_id: bytes, force: bool, recursive: bool) -> None:
+        """Cancel a task or an actor's call, whoever has submitted it; nothing if it is over.
+
+        Raises:
+            ValueError: ``force`` for an actor's call that this process has submitted.
+        """
+        owner = owner_of(task_id)
+        if owner != self.client.address:
+            self.client.send(owner, CancelOwned(task_id, force, recursive))
+        elif (task := self.tasks.get(task_id)) is not None:
+            self.cancel(task, force, recursive)
+        elif (call := self.client.actors.calls.get(task_id)) is not None:
+            if force:
+                raise ValueError("force=True is not supported for actor tasks.")
+            self.client.actors.cancel(call, force, recursive)
+
+    def on_cancel_owned(self, source: int, message: CancelOwned) -> None:
+        force = message.force and message.task_id in self.tasks  # an actor's call is never cancelled by force
+        self.cancel_by_id(message.task_id, force, message.recursive)
 
     def cancel(self, task: Task, force: bool, recursive: bool) -> None:
         if task.cancelled or task.id not in self.tasks:

@@ -720,6 +720,55 @@ def test_cancel_waiting(ray, gate):
     assert gate.arrived("never") == 0
 
 
+@pytest.mark.parametrize("force", [False, True])
+def test_cancel_what_another_process_has_submitted(ray, gate, force):
+    """The process that submitted it hears of it: a task of a task, and the driver's own from within a task."""
+
+    @ray.remote(max_retries=0)
+    def slow(gate):
+        gate.wait()
+        while True:
+            time.sleep(0.01)
+
+    @ray.remote
+    class Owner:  # an actor: no task of its own can run in it, and its end would be that of the reference
+        def start(self, gate):
+            return [slow.remote(gate)]
+
+    @ray.remote
+    def stop(references):
+        ray.cancel(references[0], force=force)
+
+    owner = Owner.remote()
+    (borrowed,) = ray.get(owner.start.remote(gate))
+    mine = slow.remote(gate)
+    gate.await_arrivals(2)
+    gate.open()
+    ray.cancel(borrowed, force=force)
+    ray.get(stop.remote([mine]))
+    for reference in borrowed, mine:
+        with pytest.raises(exceptions.TaskCancelledError):
+            ray.get(reference, timeout=30)
+
+
+def test_cancel_a_call_that_another_process_has_made(ray):
+    @ray.remote
+    class Sleeper:
+        async def sleep(self):
+            await asyncio.sleep(600)
+
+    @ray.remote
+    def start(sleeper):
+        return [sleeper.sleep.remote()]
+
+    sleeper = Sleeper.remote()
+    for force in False, True:  # by force as without: a borrower does not know whether it is an actor's
+        (borrowed,) = ray.get(start.remote(sleeper))
+        ray.cancel(borrowed, force=force)
+        with pytest.raises(exceptions.TaskCancelledError):
+            ray.get(borrowed, timeout=30)
+
+
 def test_cancel_what_waits_for_arguments(ray, gate):
     @ray.remote
     def wait(gate):
