@@ -351,8 +351,9 @@ def _head(kind: int, data: bytes, views: list[memoryview]) -> bytes:
     return b"".join((_HEADER.pack(kind, len(views), len(data)), *[_LENGTH.pack(view.nbytes) for view in views], data))
 
 
-def deserialize(data: Any) -> Any:
-    """The value in ``data`` (bytes or a buffer in the arena); arrays in it are views on ``data`` that keep it alive."""
+def deserialize(data: Any, copying: bool = False) -> Any:
+    """The value in ``data`` (bytes or a buffer in the arena); arrays in it are views on ``data`` that keep it alive. With ``copying``
+    those of a pickle are copies, which may be changed."""
     short = type(data) is bytes and len(data) < _SHORT
     view = data if short else memoryview(data)
     kind = view[0]
@@ -380,7 +381,7 @@ def deserialize(data: Any) -> Any:
         offset += size
     if kind == BYTES:
         return bytes(buffers[0])
-    buffers = [buffer.toreadonly() for buffer in buffers]
+    buffers = [memoryview(bytearray(buffer)) if copying else buffer.toreadonly() for buffer in buffers]
     return _loads(pickled, buffers=buffers) if kind == PICKLE else _load_with_references(pickled, buffers)
 
 
@@ -398,7 +399,9 @@ def dumps(value: Any) -> bytes:
     return serialize(value).to_bytes()
 
 
-loads = deserialize
+def loads(data: Any) -> Any:
+    """What ``dumps`` made. Arrays that a function or class refers to may be changed, as in Ray: they are this process's own."""
+    return deserialize(data, copying=True)
 
 
 def explain(value: Any, name: str, depth: int = 4) -> str:

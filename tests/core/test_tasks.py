@@ -174,6 +174,30 @@ def test_closures_and_globals(ray):
     assert ray.get(times.remote(2)) == 6
 
 
+@pytest.mark.parametrize("size", [3, 1_000_000])
+def test_arrays_that_a_function_refers_to_may_be_changed(ray, size):
+    """Unlike arguments: they are the worker's own, and stay as they were left, as in Ray."""
+    array = np.zeros(size)
+
+    @ray.remote
+    def count():
+        array[0] += 1
+        return array[0]
+
+    @ray.remote
+    class Counter:
+        shared = np.zeros(size)
+
+        def count(self):
+            self.shared += 1
+            return self.shared[0]
+
+    assert ray.get(count.remote()) == 1
+    counter = Counter.remote()
+    assert ray.get([counter.count.remote(), counter.count.remote()]) == [1, 2]
+    assert array[0] == 0
+
+
 def test_recursion(ray):
     """Tasks submit tasks and wait for them; more of them wait than there are CPUs."""
 
