@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import os
 import types
-from typing import Any, cast
+from typing import Any, TypeVar, cast
 
 from hpc_ray import packing, serialize
 from hpc_ray.client import context
@@ -26,6 +26,7 @@ from hpc_ray.session import ensure_connected
 _MARK = "__ray_method_options__"
 _GENERATOR = "__generator__"  # among a method's options: it yields
 _ASYNC_CONCURRENCY = 1000
+_T = TypeVar("_T")
 
 
 def method(*args: Any, **options: Any) -> Any:
@@ -121,6 +122,10 @@ class ActorMethod:
 
 class ActorHandle:
     """A handle on an actor. It can be passed to tasks and other actors; while a counted one exists the actor lives."""
+
+    def __class_getitem__(cls, item: Any) -> types.GenericAlias:
+        """For annotations that name the class: ``ActorHandle[Model]``."""
+        return types.GenericAlias(cls, item)
 
     def __init__(
         self,
@@ -252,6 +257,9 @@ def _blank(kind: type) -> Any:
     return builtin.__new__(kind)
 
 
+ActorProxy: Any = ActorHandle[_T] | type[_T]  # type: ignore[misc]  # what programs annotate a handle with, so that editors know the methods
+
+
 class ActorClassInheritanceException(TypeError):
     """A class was derived from an actor class."""
 
@@ -264,6 +272,10 @@ class ActorClass:
     _options: dict[str, Any]
     _exported: Function | None
     _description: Description | None
+
+    def __class_getitem__(cls, item: Any) -> types.GenericAlias:
+        """For annotations: ``ActorClass[Model]``."""
+        return types.GenericAlias(cls, item)
 
     def __init__(self, name: str, bases: tuple, attr: dict[str, Any]):
         """What ``class B(A)`` calls for an actor class A."""

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 from hpc_ray import exceptions
+from hpc_ray.actor import ActorClass, ActorHandle, ActorProxy
 
 
 class Counter:
@@ -225,6 +226,13 @@ def test_handles_compare_and_show_their_class(ray, remote_counter):
     assert "Counter" in repr(one)
     with pytest.raises(AttributeError, match="no_such"):
         one.no_such  # noqa: B018
+
+
+def test_annotations_name_the_class(ray, remote_counter):
+    one: ActorProxy[Counter] = remote_counter.remote()
+    assert isinstance(one, ActorHandle)
+    assert ActorHandle[Counter].__args__ == ActorClass[Counter].__args__ == (Counter,)
+    assert ActorHandle[Counter] | None and dict[str, ActorProxy[Counter]]
 
 
 # ------------------------------------------------------------------ names
