@@ -16,7 +16,7 @@ import types
 from collections.abc import Sequence
 from typing import Any
 
-from hpc_ray.version import RAY_VERSION
+from hpc_ray.version import RAY_VERSION, __commit__
 
 VARIABLE = "HPC_RAY_AS_RAY"  # set: every Python process of the session does this at its start
 
@@ -93,6 +93,7 @@ class _Ray(types.ModuleType):
     """The module ``ray``: hpc_ray, with the version of Ray that it follows."""
 
     __version__ = RAY_VERSION
+    __commit__ = __commit__
     __path__: list[str] = []  # noqa: RUF012 - it is a package without a folder: all below it comes from the finder
 
     def __getattr__(self, name: str) -> Any:

@@ -19,6 +19,7 @@ import hpc_ray
 assert ray.remote is hpc_ray.remote and ray.util.queue is hpc_ray.util.queue
 assert hpc_ray.util.queue.__spec__.name == "hpc_ray.util.queue"
 assert ray.__version__.startswith("2.") and hpc_ray.__version__ != ray.__version__
+assert ray.__commit__ == hpc_ray.__commit__
 ray.init(num_cpus=1)
 
 class Mine(ray.exceptions.RayError):
