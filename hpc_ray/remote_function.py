@@ -133,13 +133,16 @@ class RemoteFunction:
         )
 
     def options(self, **options: Any) -> Changed:
-        """The same function with other options; the result can be called, not changed again.
+        """The same function with other options; the result can be called, not changed again. An empty ``runtime_env``, or None,
+        leaves the function its own, as in Ray.
 
         Raises:
             ValueError: an unknown option, or ``max_calls``, which counts the runs of one function.
         """
         if "max_calls" in options:
             raise ValueError("max_calls can only be given in the decorator, since it counts the runs of one function")
+        if not options.get("runtime_env", True):
+            del options["runtime_env"]
         other = RemoteFunction(self._function, {"max_calls": 0, **self._options, **options})
         other._exported = self._exported
         return Changed(other)

@@ -38,6 +38,21 @@ def test_variables_and_who_sees_them(ray):
     assert variable("COLOUR") is None
 
 
+@pytest.mark.parametrize("empty", [None, {}, RuntimeEnv()])
+def test_an_empty_environment_in_options(ray, empty):
+    """A function keeps its own, an actor has none: as in Ray."""
+    fields = {"env_vars": {"COLOUR": "red"}}
+    look = ray.remote(runtime_env=fields)(variable)
+
+    @ray.remote(runtime_env=fields)
+    class Looks:
+        def look(self):
+            return variable("COLOUR")
+
+    assert ray.get(look.options(runtime_env=empty).remote("COLOUR")) == "red"
+    assert ray.get(Looks.options(runtime_env=empty).remote().look.remote()) is None
+
+
 def test_a_worker_never_changes_its_environment(ray):
     @ray.remote
     def who():
