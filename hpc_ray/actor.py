@@ -512,7 +512,8 @@ def _check_methods(cls: type) -> None:
 
 
 def _kind(function: Any) -> dict[str, Any]:
-    return {_GENERATOR: True} if yields(function) else {}
+    """A method that a decorator with ``functools.wraps`` has around it is what it is below that, as in Ray."""
+    return {_GENERATOR: True} if yields(inspect.unwrap(function)) else {}
 
 
 def handle_of_current_actor() -> ActorHandle:

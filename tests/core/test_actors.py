@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import functools
 import gc
 import os
 import signal
@@ -226,6 +227,32 @@ def test_handles_compare_and_show_their_class(ray, remote_counter):
     assert "Counter" in repr(one)
     with pytest.raises(AttributeError, match="no_such"):
         one.no_such  # noqa: B018
+
+
+def test_decorated_generators_stream(ray):
+    def decorated(function):
+        @functools.wraps(function)
+        def wrapper(*args):
+            return function(*args)
+
+        return wrapper
+
+    class Yields:
+        @decorated
+        def count(self, n):
+            yield from range(n)
+
+    class YieldsAsynchronously:
+        async def makes_it_asynchronous(self):
+            pass
+
+        @decorated
+        async def count(self, n):
+            for i in range(n):
+                yield i
+
+    for cls in Yields, YieldsAsynchronously:
+        assert ray.get(list(ray.remote(cls).remote().count.remote(2))) == [0, 1]
 
 
 def test_annotations_name_the_class(ray, remote_counter):
