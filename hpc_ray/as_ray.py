@@ -26,6 +26,10 @@ _UNUSABLE = "data"
 # What libraries take from Ray's private modules, for which there is a public place here.
 _PRIVATE = {
     "_private.services": {"get_node_ip_address": "hpc_ray.util"},
+    "_raylet": dict.fromkeys(
+        ("ActorID", "DynamicObjectRefGenerator", "JobID", "NodeID", "ObjectID", "ObjectRef", "ObjectRefGenerator", "TaskID", "WorkerID"),
+        "hpc_ray",
+    ),
 }
 
 

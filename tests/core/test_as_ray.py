@@ -12,6 +12,7 @@ from hpc_ray.interpreter import python_command
 PROGRAM = """
 import sys
 import ray, ray.util.queue
+from ray._raylet import ObjectRef, ObjectRefGenerator
 from ray.exceptions import RayTaskError
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 import hpc_ray
@@ -19,6 +20,7 @@ import hpc_ray
 assert ray.remote is hpc_ray.remote and ray.util.queue is hpc_ray.util.queue
 assert hpc_ray.util.queue.__spec__.name == "hpc_ray.util.queue"
 assert ray.__version__.startswith("2.") and hpc_ray.__version__ != ray.__version__
+assert ObjectRef is hpc_ray.ObjectRef and ObjectRefGenerator is hpc_ray.ObjectRefGenerator
 assert ray.__commit__ == hpc_ray.__commit__
 ray.init(num_cpus=1)
 
