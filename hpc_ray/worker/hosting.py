@@ -117,7 +117,7 @@ class ActorHost:
                 args = kwargs = None  # type: ignore[assignment]
                 self._name_output()
             failed = False
-        except (LeaveProcess, SystemExit) as error:
+        except LeaveProcess as error:
             self.executor.leave_by(error)
             return
         except BaseException as error:

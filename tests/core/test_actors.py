@@ -607,28 +607,6 @@ def test_exit_actor_in_the_constructor(ray, tmp_path, is_async):
     assert begun.read_text() == "x"
 
 
-def test_sys_exit_in_the_constructor_ends_the_process(ray, tmp_path):
-    """With its code; a restart may do better."""
-
-    @ray.remote(max_restarts=2)
-    class Leaver:
-        def __init__(self, path, luck):
-            path.write_text(path.read_text() + "x")
-            if len(path.read_text()) < luck:
-                raise SystemExit(3)
-
-        def work(self):
-            return 1
-
-    begun = tmp_path / "begun"
-    begun.write_text("")
-    assert ray.get(Leaver.remote(begun, 3).work.remote(), timeout=30) == 1
-    begun.write_text("")
-    with pytest.raises(exceptions.ActorDiedError, match="exit code 3"):
-        ray.get(Leaver.remote(begun, 100).work.remote(), timeout=30)
-    assert begun.read_text() == "xxx"
-
-
 @pytest.mark.parametrize("how", ["out of scope", "terminate", "exit_actor"])
 @pytest.mark.parametrize("kind", ["plain", "async", "threaded"])
 def test_what_runs_at_the_orderly_end_of_an_actor(ray, tmp_path, eventually, kind, how):
