@@ -123,9 +123,7 @@ class ActorMethod:
 class ActorHandle:
     """A handle on an actor. It can be passed to tasks and other actors; while a counted one exists the actor lives."""
 
-    def __class_getitem__(cls, item: Any) -> types.GenericAlias:
-        """For annotations that name the class: ``ActorHandle[Model]``."""
-        return types.GenericAlias(cls, item)
+    __class_getitem__: Any = classmethod(types.GenericAlias)  # for annotations: ActorHandle[Model]
 
     def __init__(
         self,
@@ -273,9 +271,7 @@ class ActorClass:
     _exported: Function | None
     _description: Description | None
 
-    def __class_getitem__(cls, item: Any) -> types.GenericAlias:
-        """For annotations: ``ActorClass[Model]``."""
-        return types.GenericAlias(cls, item)
+    __class_getitem__: Any = classmethod(types.GenericAlias)  # for annotations: ActorClass[Model]
 
     def __init__(self, name: str, bases: tuple, attr: dict[str, Any]):
         """What ``class B(A)`` calls for an actor class A."""

@@ -198,12 +198,12 @@ class ActorHost:
         """Give the calls to their threads. When the actor leaves, others still begin until the ``earlier`` ones are answered: these may
         wait for them."""
         executor = self.executor
-        while self.client.broken is None and (self.earlier is None or not self.earlier.keys().isdisjoint(self.open)):
+        while self.client.broken is None and not self.has_left():
             try:
                 source, item = executor.queue.popleft()
             except IndexError:
                 waiter = executor.arrival = Waiter()
-                if not executor.queue and (self.earlier is None or not self.earlier.keys().isdisjoint(self.open)):
+                if not executor.queue and not self.has_left():
                     self.client._drain(waiter, None)
                 continue
             if type(item) is Graph:
@@ -245,6 +245,10 @@ class ActorHost:
             self.client.lane.wake()
         if executor.cancelled and type(item) is PushTask:
             executor.cancelled.discard(item.task_id)  # too late
+
+    def has_left(self) -> bool:
+        """Whether a threaded actor is to leave, and all is answered that is answered before."""
+        return self.earlier is not None and self.earlier.keys().isdisjoint(self.open)
 
     def answered_before(self, last: Any) -> dict[int, Any]:
         """What is still to be answered when one call has ended the actor: all that came before it, and what has begun."""
