@@ -102,6 +102,9 @@ class Segment:
     def mark_dead(self, address: int) -> bool:
         """From now on sends to this lane answer -1. False when it was not open. Any process may call."""
 
+    def unread(self, address: int, reader: int) -> bool:
+        """Whether the open lane with the index ``reader`` has still to read what another lane, whose process has ended, sent it."""
+
     def reclaim(self, address: int) -> list[tuple[bytes, int, int]]:
         """Free what a dead lane held: rings, pins, unsealed objects, objects it owned; its index can be used again.
 

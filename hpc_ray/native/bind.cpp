@@ -456,6 +456,7 @@ NB_MODULE(_core, m) {
             nb::arg("index") = -1)
         .def("limit_objects", &Segment::limit_objects, nb::arg("size"))
         .def("mark_dead", &Segment::mark_dead, nb::arg("address"))
+        .def("unread", &Segment::unread, nb::arg("address"), nb::arg("reader"))
         .def(
             "reclaim",
             [](Segment& s, u64 address) {

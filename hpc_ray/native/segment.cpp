@@ -214,6 +214,28 @@ bool Segment::mark_dead(u64 address) {
     return lane(index).word.compare_exchange_strong(expected, lane_word(kLaneDead, address_incarnation(address)));
 }
 
+bool Segment::unread(u64 address, u32 reader) const {
+    const u32 index = address_index(address);
+    if (address_node(address) != node() || index >= max_lanes_ || reader >= max_lanes_)
+        throw std::invalid_argument("not a lane of this node");
+    const u32 found = directory(reader, index).load();
+    if (found == 0 || lane_state(lane(reader).word.load()) != kLaneOpen) return false;
+    const RingControl& c = ring(found - 1);
+    const char* data = ring_data(found - 1);
+    for (;;) {  // what is at its head comes first: frames of a successor are behind those of the dead one
+        const u64 head = c.head.load(), tail = c.tail.load();
+        if (head == tail) return false;
+        Frame frame;
+        memcpy(&frame, data + (head & (ring_bytes() - 1)), 8);
+        u64 at = head;
+        if (frame.flags & kFramePad) at += frame.length;
+        const bool padded_end = at == tail;
+        if (!padded_end) memcpy(&frame, data + (at & (ring_bytes() - 1)), sizeof frame);
+        if (c.head.load() != head) continue;  // its reader has gone on meanwhile: it may have been overwritten
+        return !padded_end && frame.src == address;
+    }
+}
+
 bool Segment::alive(u64 address) const {
     u32 index = address_index(address);
     if (address_node(address) != node() || index >= max_lanes_) return false;

@@ -55,6 +55,8 @@ class Segment {
     // Objects may fill so much of the heap from now on, at most what it was made with; those that are there stay.
     void limit_objects(u64 bytes);
     bool mark_dead(u64 address);
+    // Whether an open lane (its index) has still to read frames of another one, whose process has ended. Lock-free.
+    bool unread(u64 address, u32 reader) const;
     // True while the lane is open in that very incarnation; incarnation 0 asks for "anybody".
     bool alive(u64 address) const;
     std::vector<LaneRecord> lanes() const;

@@ -7,6 +7,7 @@ import queue
 import socket
 import sys
 import threading
+import time
 from collections import deque
 from collections.abc import Callable
 from typing import Any
@@ -14,7 +15,7 @@ from typing import Any
 from hpc_ray._core import Lane, Segment, Store
 from hpc_ray.config import NodeConfig
 from hpc_ray.exceptions import RayError
-from hpc_ray.ids import RAYLET_LANE, node_of, owner_of
+from hpc_ray.ids import GCS_LANE, LINK_LANE, RAYLET_LANE, node_of, owner_of
 from hpc_ray.protocol import Answer, ProcessExited, encode
 from hpc_ray.raylet.events import (
     AbortCopy,
@@ -41,6 +42,9 @@ from hpc_ray.raylet.state import WHOLE_NODE, RayletState
 from hpc_ray.serving import Server
 from hpc_ray.spilling import ObjectFiles
 from hpc_ray.version import __version__
+
+UNREAD_RETRY_S = 1e-3
+STUCK_S = 10.0  # who has not read for so long is not waited for
 
 
 def main(segment: Segment, config: NodeConfig, fork_server: socket.socket) -> None:
@@ -82,6 +86,7 @@ class RayletServer(Server):
         fork_server.setblocking(True)  # one that does not read is one that ends the node
         self._lane = lane
         self._silent: list[int] = []
+        self._exits: list[tuple[int, ProcessExited, float]] = []  # since then they wait for what was sent before them to be read
         self._logs = LogFolder(os.path.join(state.config.session_dir, "logs"))
         self._raylet = state
 
@@ -90,18 +95,35 @@ class RayletServer(Server):
         messages = super().arrange(batch)
         while self._spilled:
             messages.append((0, self._spilled.popleft()))
-        exits = [(source, event) for source, event in messages if isinstance(event, ProcessExited)]
-        if not exits:
+        now = time.monotonic()
+        self._exits += [(source, event, now) for source, event in messages if isinstance(event, ProcessExited)]
+        if not self._exits:
             return messages
         messages = [(source, event) for source, event in messages if not isinstance(event, ProcessExited)]
-        for source, event in exits:
-            for address in self._addresses(event):
+        exits, self._exits = self._exits, []
+        for source, event, since in exits:
+            addresses = self._addresses(event)
+            if not self._raylet.stopping and now - since < STUCK_S and any(self._unread(address) for address in addresses):
+                self._exits.append((source, event, since))
+                continue
+            self._silent += addresses
+            for address in addresses:
                 for data in self._lane.receive_from(address):
                     message = self.decode(address, data)
                     if message is not None:
                         messages.append((address, message))
             messages.append((source, event))
         return messages
+
+    def _unread(self, address: int) -> bool:
+        """Whether what a dead process has sent to others might be overtaken by what we say of it."""
+        return self.segment.unread(address, GCS_LANE) or self.segment.unread(address, LINK_LANE)
+
+    def _timeout(self) -> float | None:
+        timeout = super()._timeout()
+        if self._exits:
+            timeout = UNREAD_RETRY_S if timeout is None else min(timeout, UNREAD_RETRY_S)
+        return timeout
 
     def step(self) -> None:
         super().step()
@@ -117,11 +139,8 @@ class RayletServer(Server):
         self._silent.clear()
 
     def _addresses(self, event: ProcessExited) -> list[int]:
-        if event.address:
-            return [event.address]
-        addresses = [address for address, _, pid in self.segment.lanes() if pid == event.pid]
-        self._silent += addresses
-        return addresses
+        known = event.address or self._raylet.address_of_worker(event.pid)  # one that left in order has no lane any more
+        return [known] if known else [address for address, _, pid in self.segment.lanes() if pid == event.pid]
 
     def _ask_fork_server(self, message: Any) -> None:
         try:

@@ -416,6 +416,11 @@ class Workers(Part):
         if self.stopping:
             self.check_stopped()
 
+    def address_of_worker(self, pid: int) -> int:
+        """0: there is none, or it has not registered."""
+        worker = self.by_pid.get(pid)
+        return worker.address if worker is not None else 0
+
     def _peer_of(self, pid: int) -> Peer | None:
         return next((peer for peer in self.peers.values() if peer.pid == pid), None)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import functools
 import gc
+import json
 import os
 import signal
 import threading
@@ -16,6 +17,7 @@ import pytest
 
 from hpc_ray import exceptions
 from hpc_ray.actor import ActorClass, ActorHandle, ActorProxy
+from hpc_ray.launcher import session
 
 
 class Counter:
@@ -443,6 +445,34 @@ def test_constructor_fails(ray):
         with pytest.raises(exceptions.ActorDiedError, match="cannot be built") as caught:
             ray.get(broken.method.remote(), timeout=30)
         assert caught.value.actor_init_failed
+
+
+def test_why_a_constructor_failed_is_known_though_the_gcs_reads_late(ray, gate, eventually):
+    """It reads what the worker has sent and the raylet's news of its end at once (PROTO-3)."""
+    from hpc_ray.client import context
+
+    @ray.remote
+    class Broken:
+        def __init__(self, gate):
+            gate.wait()
+            raise RuntimeError("cannot be built")
+
+        def method(self):
+            return 1
+
+    leader = json.loads(Path(context.client.config.session_dir, "lock").read_text())["pid"]
+    gcs = next(pid for pid in session.children(leader) if Path(f"/proc/{pid}/cmdline").read_text().startswith("hpc_ray::gcs"))
+    broken = Broken.remote(gate)
+    gate.await_arrivals(1)
+    os.kill(gcs, signal.SIGSTOP)
+    try:
+        gate.open()
+        eventually(lambda: gone(gate.pids()[0]), "its process has ended")
+        time.sleep(0.05)  # nothing tells that the raylet has heard of it
+    finally:
+        os.kill(gcs, signal.SIGCONT)
+    with pytest.raises(exceptions.ActorDiedError, match="cannot be built"):
+        ray.get(broken.method.remote(), timeout=30)
 
 
 def test_constructor_crashes(ray):

@@ -126,6 +126,31 @@ def test_limit_and_receive_from(segment: _core.Segment) -> None:
     segment.reclaim(a.address)
 
 
+def test_what_the_dead_have_sent_is_unread_until_it_is_read(segment: _core.Segment) -> None:
+    reader = segment.open_lane()
+    index = reader.address >> 32 & 0xFFFF
+    writer = segment.open_lane()
+    assert not segment.unread(writer.address, index)
+    for _ in range(100):  # more than the ring holds, with padding at its end
+        writer.send(reader.address, bytes(3_000))
+        assert segment.unread(writer.address, index)
+        assert len(reader.receive(0, limit=9)) == 1
+        assert not segment.unread(writer.address, index)
+    writer.send(reader.address, b"last words")
+    dead = writer.address
+    writer.close()
+    successor = segment.open_lane()
+    assert successor.address >> 32 == dead >> 32 and successor.address != dead
+    successor.send(reader.address, b"first words")
+    assert segment.unread(dead, index) and not segment.unread(successor.address, index)
+    assert [data for _, data in reader.receive(0, limit=1)] == [b"last words"]
+    assert not segment.unread(dead, index) and segment.unread(successor.address, index)
+    reader.close()
+    assert not segment.unread(successor.address, index)
+    with pytest.raises(ValueError, match="not a lane of this node"):
+        segment.unread(1 << 48, index)
+
+
 def test_the_link(segment: _core.Segment) -> None:
     lane, link = segment.open_lane(), segment.open_lane(_core.LINK_LANE)
     far, further = _core.make_address(9, 17, 2), _core.make_address(12, 16, 1)
