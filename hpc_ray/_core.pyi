@@ -36,6 +36,15 @@ def pack_frame(src: int, dest: int, payload: Buffer) -> bytes:
 def split_frames(frames: Buffer) -> tuple[int, list[tuple[int, int, bytes]]]:
     """(Bytes taken, [(source, destination, payload)]) of frames one after the other, of which the last one need not be whole."""
 
+def call_or_put_off(
+    untimely: Callable[[object], bool], handler: Callable[[int, object], object], number: int, frame: object
+) -> None:
+    """What is called for a signal: its ``handler``, unless that is ``untimely`` in this frame. Then Python, once it has returned, takes the
+    signal for one that has just come."""
+
+def check_signals() -> None:
+    """Call the handlers of the signals that have come, as Python does between any two instructions. Raises what they raise."""
+
 def set_parent_death_signal(signal: int) -> None:
     """The calling process gets `signal` when the *thread* that forked it ends; 0 turns that off."""
 

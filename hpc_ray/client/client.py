@@ -369,6 +369,8 @@ class Client:
         blocked = False
         interrupts = self.interrupts
         main = threading.get_ident() == interrupts.main
+        if main:
+            interrupts.look()
         gives_way = gives_way and main and self.on_blocked is not None
         outer = interrupts.waiting
         lock: Any = self.lock

@@ -410,6 +410,18 @@ NB_MODULE(_core, m) {
     m.def(
         "split_frames", [](nb::handle frames) { return take_frames(Payload(frames), [](const FrameView&) { return false; }); },
         nb::arg("frames"));
+    m.def(
+        "call_or_put_off",
+        [](nb::handle untimely, nb::handle handler, int number, nb::handle frame) {
+            if (nb::cast<bool>(untimely(frame)))
+                PyErr_SetInterruptEx(number);
+            else
+                handler(number, frame);
+        },
+        nb::arg("untimely"), nb::arg("handler"), nb::arg("number"), nb::arg("frame").none());
+    m.def("check_signals", [] {
+        if (PyErr_CheckSignals() != 0) throw nb::python_error();
+    });
     m.def("set_parent_death_signal", &set_parent_death_signal, nb::arg("signal"));
     m.def("set_child_subreaper", &set_child_subreaper);
 

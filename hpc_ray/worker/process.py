@@ -59,6 +59,7 @@ def _live(segment: Segment, config: NodeConfig, token: int, entered: bool) -> in
     context.runtime_env = without_ranks(environment)
     executor = Executor(client)
     signal.signal(signal.SIGINT, client.interrupts.on_signal)  # cancel uses it
+    client.interrupts.watch()
     client.on_shutdown = lambda message: _on_shutdown(executor, message)
     client.on_log = _warn
     client.connect(config.settings.start_timeout_s)

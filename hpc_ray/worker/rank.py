@@ -187,6 +187,7 @@ def main() -> int:
         return 1
     executor = RankExecutor(client, mpi, note["leader"])
     signal.signal(signal.SIGINT, client.interrupts.on_signal)  # how a call is interrupted
+    client.interrupts.watch()
     rank = mpi.COMM_WORLD.rank
     setproctitle(f"hpc_ray::rank {rank} of {mpi.COMM_WORLD.size}")
     client.send(note["leader"], replace(here, number=rank, files=executor.files))

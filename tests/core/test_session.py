@@ -256,6 +256,54 @@ def test_a_signal_handler_may_wait_too(run, wait):
     assert out == "handled [1, 2]\nwaited\n", err
 
 
+TIME_LIMITS = """
+import random, signal
+class Late(Exception):
+    pass
+def on_alarm(*_):
+    raise Late
+echo, choose, late = ray.remote(lambda x: x), random.Random(2), 0
+signal.signal(signal.SIGALRM, on_alarm)
+for _ in range(150):
+    references = [echo.remote(i) for i in range(100)]
+    try:
+        signal.setitimer(signal.ITIMER_REAL, 0.0002 + 0.002 * choose.random())
+        ray.get(references)
+    except Late:
+        late += 1
+    finally:
+        try:
+            signal.setitimer(signal.ITIMER_REAL, 0)
+        except Late:  # it came just before
+            late += 1
+    assert ray.get(references, timeout=30) == list(range(100))
+print(late > 0, signal.getsignal(signal.SIGALRM) == on_alarm)
+ray.shutdown()
+print(signal.getsignal(signal.SIGALRM) is on_alarm)
+"""
+
+
+def test_a_time_limit_may_strike_anywhere(run):
+    """A handler that raises loses no message, and strikes before the program goes on; it is the program's own when the session ends."""
+    out, err = run(TIME_LIMITS).communicate(timeout=60)
+    assert out == "True True\nTrue\n", err
+
+
+@pytest.mark.parametrize("switched", ["signal.SIG_DFL", "signal.SIG_IGN"])
+def test_a_handler_that_is_switched_off_while_its_signal_waits(run, switched):
+    child = run(
+        "import signal\nfrom hpc_ray.client import context\n"
+        "signal.signal(signal.SIGALRM, lambda *_: print('handled'))\n"
+        "ray.get(ray.remote(lambda: 1).remote())\n"
+        "with context.client.lock:  # where a signal waits\n"
+        "    signal.raise_signal(signal.SIGALRM)\n    print('locked')\n"
+        f"    signal.signal(signal.SIGALRM, {switched})\n"
+        "print(context.client.interrupts.pending, ray.get(ray.remote(lambda: 2).remote()))",
+    )
+    out, err = child.communicate(timeout=60)
+    assert out == "locked\nTrue 2\n", err
+
+
 def test_a_signal_handler_may_end_the_session(run):
     child = run(
         "import signal\nsignal.signal(signal.SIGALRM, lambda *_: (ray.shutdown(), sys.exit(3)))\n"

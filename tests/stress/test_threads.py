@@ -172,17 +172,23 @@ import hpc_ray as ray
 
 ray.init(num_cpus=4)
 increment = ray.remote(lambda x: x + 1)
-over, main, random_ = threading.Event(), threading.main_thread().ident, random.Random(1)
+over, main, random_ = False, threading.main_thread().ident, random.Random(1)
+catching = False  # what is sent now will strike in a "try"; no Event, which KeyboardInterrupt may leave locked
 
 def storm():
-    while not over.wait(random_.random() * 0.003):
-        signal.pthread_kill(main, signal.SIGINT)
+    global catching
+    while not over:
+        time.sleep(random_.random() * 0.003)
+        if catching:
+            catching = False
+            signal.pthread_kill(main, signal.SIGINT)
 
 def one():
-    global interrupts
+    global interrupts, catching
     references = [increment.remote(i) for i in range(200)]
     while True:
         try:
+            catching = True
             return ray.get(references, timeout=60)
         except KeyboardInterrupt:
             interrupts += 1
@@ -191,22 +197,19 @@ thread = threading.Thread(target=storm)
 expected = list(range(1, 201))
 interrupts = done = 0
 thread.start()
-while done < ROUNDS:
+while True:
     try:
-        found = one()
-        if found != expected:
-            print("wrong", found)
-        done += 1
+        catching = True
+        while done < ROUNDS:
+            found = one()
+            if found != expected:
+                print("wrong", found)
+            done += 1
+        over = True
+        thread.join()
+        break
     except KeyboardInterrupt:
         interrupts += 1
-while thread.is_alive():
-    try:
-        over.set()
-        thread.join()
-        time.sleep(0.05)  # the last one may have been put off
-    except KeyboardInterrupt:
-        pass
-signal.signal(signal.SIGINT, signal.SIG_IGN)  # one that was put off may be on its way
 found = None
 import workloads
 workloads.assert_all_released()
